@@ -1,0 +1,265 @@
+"""The command line: `dynattn`, also `python -m dynattn`.
+
+An option is named as the keyword argument that it sets. Each command imports what it needs when it runs, so that
+help and mistakes answer at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote
+
+PAPERS = ("dat",)
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return its exit code.
+
+    0 done, 2 wrong arguments or input (told in a line; with DYNATTN_DEBUG=1 in a traceback), 130 interrupted.
+    """
+    parser = make_parser()
+    options = vars(parser.parse_args(argv))
+    run = options.pop("run", None)
+    if run is None:
+        parser.print_help()
+        return 0
+    try:
+        run(**options)
+    except KeyboardInterrupt:
+        print("\ndynattn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("DYNATTN_DEBUG"):
+            raise
+        print(f"dynattn: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def figures(**options) -> None:
+    from .figures import draw
+
+    draw(**options)
+
+
+def table(paper: str) -> None:
+    from .cost import print_table
+
+    print_table(paper)
+
+
+def train(**options) -> None:
+    from .training import train
+
+    train(**options)
+
+
+def bench(names: list[str]) -> None:
+    from .bench import main
+
+    main(names)
+
+
+def lab(notebook: str, no_browser: bool = False, allow_root: bool = False) -> None:
+    file = find_notebook(notebook)
+    if find_spec("jupyterlab") is None:
+        raise FileNotFoundError("JupyterLab is not installed: in the project's folder, pip install -e '.[notebooks]'")
+    from jupyterlab.labapp import LabApp
+
+    root = NOTEBOOKS.parent if file.is_relative_to(NOTEBOOKS) else file.parent  # the code beside the notebooks
+    os.chdir(root)  # JupyterLab shows the folder that it is started in
+    address = "/lab/tree/" + quote(file.relative_to(root).as_posix())
+    flags = ["--no-browser"] * no_browser + ["--allow-root"] * allow_root
+    LabApp.launch_instance([f"--LabApp.default_url={address}", *flags])
+
+
+def find_notebook(name: str) -> Path:
+    """The file of a notebook, from a path or from the name of one of the project's own.
+
+    Raises: FileNotFoundError, with the names that there are.
+    """
+    for file in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb"):
+        if file.is_file():
+            return file.resolve()
+    if not NOTEBOOKS.is_dir():
+        raise FileNotFoundError(
+            "the notebooks lie in the project's folder and are not installed with the package: "
+            "run `make lab` there, or give the path of a notebook"
+        )
+    names = ", ".join(sorted(file.stem for file in NOTEBOOKS.glob("*.ipynb")))
+    raise FileNotFoundError(f"NOTEBOOK: expected a path or one of {names}; got {name!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each leaves its function in `run` and that function's arguments beside it."""
+    parser = argparse.ArgumentParser(
+        prog="dynattn",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Dynamic attention for vision, to read, to look at and to measure.",
+        epilog="start with:\n"
+        "  dynattn figures     the figures of the first paper, from the trained model that ships with the package\n"
+        "  dynattn lab         the notebooks\n\n"
+        "`dynattn COMMAND --help` explains a command. DYNATTN_DEBUG=1 shows where an error came from.",
+    )
+    parser.add_argument("--version", action="version", version=f"dynattn {installed_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    add_figures(commands)
+    add_lab(commands)
+    add_table(commands)
+    add_train(commands)
+    add_bench(commands)
+    return parser
+
+
+def add_command(commands, run, summary: str, details: str, examples: str) -> argparse.ArgumentParser:
+    """A command that calls `run` with its options; one that was not given and has no default here is left to `run`."""
+    sub = commands.add_parser(
+        run.__name__,
+        help=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{details}",
+        epilog=f"examples:\n{examples}",
+    )
+    sub.set_defaults(run=run)
+    return sub
+
+
+def add_figures(commands) -> None:
+    sub = add_command(
+        commands,
+        figures,
+        "draw the figures of a paper",
+        "Writes them into a folder and prints what each of them measures, beside what random weights\n"
+        "and another image's mask give. Without --weights and --model it uses the trained model that\n"
+        "ships with the package, without --image the sample photographs.",
+        "  dynattn figures\n"
+        "  dynattn figures --only 6 7 --image cat.jpg\n"
+        "  dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth --out cat_figures",
+    )
+    add_paper(sub)
+    sub.add_argument("--only", type=int, nargs="+", metavar="N", help="figures by their numbers (default: all)")
+    sub.add_argument("--image", type=existing_file, metavar="FILE", help="a photograph of your own, in any format")
+    sub.add_argument(
+        "--weights",
+        type=existing_file,
+        metavar="CHECKPOINT",
+        help="a published or trained checkpoint; the model is read off its contents",
+    )
+    sub.add_argument("--model", metavar="NAME", help="a model by name, to say or to check which one it is")
+    sub.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="(default: %(default)s)")
+    sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default: %(default)s)"
+    )
+
+
+def add_lab(commands) -> None:
+    sub = add_command(
+        commands,
+        lab,
+        "open JupyterLab on the tour",
+        "Opens the project's notebooks, which need the project's folder (not the installed package alone).",
+        "  dynattn lab\n  dynattn lab 01_dat\n  dynattn lab --no-browser",
+    )
+    sub.add_argument(
+        "notebook", nargs="?", default="00_tour", metavar="NOTEBOOK", help="a name or a path (default: %(default)s)"
+    )
+    sub.add_argument("--no-browser", action="store_true", help="only print the address to open")
+    sub.add_argument("--allow-root", action="store_true", help="run as root, as in a container; Jupyter else refuses")
+
+
+def add_table(commands) -> None:
+    sub = add_command(
+        commands,
+        table,
+        "print parameters and multiply-adds beside the paper's",
+        "Every model and every ablation of the paper, counted here; a footnote explains each difference.",
+        "  dynattn table",
+    )
+    add_paper(sub)
+
+
+def add_train(commands) -> None:
+    sub = add_command(
+        commands,
+        train,
+        "train a small model on the procedural shapes",
+        "Each model has a recipe (dynattn/training/recipes.py); the options below change it. A run that was\n"
+        "stopped, in whatever way, goes on where it was when the same command is given again.",
+        "  dynattn train dat_mini\n"
+        "  dynattn train dat_mini --steps 200 --size 64 --out runs/try\n"
+        "  dynattn train dat_mini --model-options '{\"drop_path\": 0.1}'\n"
+        "  torchrun --standalone --nproc-per-node 2 -m dynattn train dat_mini",
+    )
+    sub.add_argument("name", metavar="NAME", help="dat_mini or another model that has a recipe")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/NAME/seedSEED)")
+    sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)"
+    )
+    sub.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    sub.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that draw the images (default: %(default)s)"
+    )
+    recipe = sub.add_argument_group("the recipe", "(default: the model's own)")
+    recipe.add_argument("--level", metavar="NAME", help="of the images: easy or cluttered")
+    recipe.add_argument("--size", type=int, metavar="N", help="side of the images in pixels")
+    recipe.add_argument("--train-count", type=int, metavar="N", help="images to train on")
+    recipe.add_argument("--test-count", type=int, metavar="N", help="images to test on")
+    recipe.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    recipe.add_argument("--batch", type=int, metavar="N", help="images a step, of all processes together")
+    recipe.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
+    recipe.add_argument("--warmup", type=float, metavar="SHARE", help="share of the steps in which the rate rises")
+    recipe.add_argument("--weight-decay", type=float, metavar="X", help="of matrices and kernels")
+    recipe.add_argument("--clip", type=float, metavar="NORM", help="largest norm of a gradient")
+    recipe.add_argument("--label-smoothing", type=float, metavar="X", help="probability spread over all classes")
+    recipe.add_argument("--model-options", type=json_object, metavar="JSON", help="arguments of the model")
+
+
+def add_bench(commands) -> None:
+    sub = add_command(
+        commands,
+        bench,
+        "measure speed, as ratios within one process",
+        "A ratio to a known model or import, measured side by side, means the same on every machine.",
+        "  dynattn bench",
+    )
+    sub.add_argument("names", nargs="*", default=[], metavar="NAME", help="what to measure (default: everything)")
+
+
+def add_paper(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--paper", choices=PAPERS, default="dat", help="which paper (default: %(default)s)")
+
+
+def existing_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text!r}")
+    return Path(text)
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"drop_path\": 0.1}}', got {text!r}")
+    return value
+
+
+def installed_version() -> str:
+    try:
+        return version("dynattn")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,324 @@
+"""What every mechanism rests on: coordinates, bilinear reading, heads, dense attention, windows.
+
+Glossary, for the whole package. Loop variables, einsum letters and shape comments all use it.
+
+    B b      batch                           H W       rows and columns of a map
+    C        channels                        i j       row and column of a query
+    h m      heads, one head                 L N l n   queries and keys; one query, one key
+    d c      channels of a head, one         S         source tokens: what keys may be chosen from
+    g        groups of a mechanism           w s       window side and shift
+    (row, col)  order of every coordinate inside the package; (x, y) only where a plot or grid_sample wants it.
+
+A position is written in one of three units, and the name says which:
+    pixel       of the map: 0 is the centre of the first cell, H - 1 of the last
+    normalised  -1 is the centre of the first cell, +1 of the last (`align_corners=True`)
+    image       a pixel of the input image, centres at integers
+Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes code.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bind(**arguments: tuple[Tensor, str]) -> dict[str, int]:
+    """Hold tensors to shape patterns and return the sizes, e.g. `bind(q=(q, "B h L d"), k=(k, "B h S d"))["L"]`.
+
+    A letter stands for one size, the same everywhere; a number for itself. All tensors must be floating and share
+    dtype and device. Raises TypeError or ValueError that names the argument, what came and what would be right.
+    """
+    sizes: dict[str, int] = {}
+    first_name, first = None, None
+    for name, (tensor, pattern) in arguments.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor of shape ({pattern}), got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
+        letters = pattern.split()
+        if tensor.ndim != len(letters):
+            raise ValueError(f"{name}: expected {len(letters)} dimensions ({pattern}), got shape {tuple(tensor.shape)}")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if size != expected:
+                raise ValueError(
+                    f"{name}: expected shape ({pattern}) with {letter} = {expected}, got shape {tuple(tensor.shape)}"
+                )
+            if size == 0:
+                raise ValueError(f"{name}: no dimension may be empty, got shape {tuple(tensor.shape)}")
+        if first is None:
+            first_name, first = name, tensor
+        elif (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            raise TypeError(
+                f"{name}: expected {first.dtype} on {first.device} as {first_name} has, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    return sizes
+
+
+def one_of(name: str, value: object, allowed: tuple) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def positive(name: str, value: object) -> int:
+    """`value` as an int; raises unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) from a whole number (a square) or a pair of them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    if not isinstance(value, tuple | list | torch.Size) or len(value) != 2:
+        raise TypeError(f"{name}: expected a whole number or a pair (rows, columns), got {value!r}")
+    return positive(f"{name}[0]", value[0]), positive(f"{name}[1]", value[1])
+
+
+def scale_or_default(scale: float | None, d: int) -> float:
+    """`scale`, or the 1 / sqrt(d) of scaled dot products (DAT-2)."""
+    if scale is None:
+        return d**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite float or None, got {scale!r}")
+    return float(scale)
+
+
+def implementation(operation: str, impl: str, forms: Mapping[str, Callable]) -> Callable:
+    """The form of an operation that `impl` names; "auto" is its vectorised torch form.
+
+    Raises ValueError when `impl` is no form of any operation, or none of this one: nothing falls back in silence.
+    """
+    one_of("impl", impl, ("auto", "loops", "torch", "numba", "triton"))
+    if impl == "auto":
+        return forms["torch"]
+    if impl not in forms:
+        raise ValueError(f"impl: {operation} has no {impl!r} kernel here, only {', '.join(map(repr, forms))} or 'auto'")
+    return forms[impl]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coordinates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def axis(n: int, grid: str, like: Tensor) -> Float[Tensor, "n"]:
+    """n evenly spaced normalised positions: "corner" from -1 to +1, "centre" (2i + 1) / n - 1, half a cell inside.
+
+    A single position is 0 either way.
+    """
+    i = torch.arange(n, dtype=like.dtype, device=like.device)
+    if grid == "centre":
+        return (2 * i + 1) / n - 1
+    return 2 * i / (n - 1) - 1 if n > 1 else torch.zeros_like(i)
+
+
+def grid_points(shape: tuple[int, int], grid: str, like: Tensor) -> Float[Tensor, "N 2"]:
+    """All positions (row, col) of a regular grid, row-major, in the dtype and on the device of `like`."""
+    rows, cols = torch.meshgrid(axis(shape[0], grid, like), axis(shape[1], grid, like), indexing="ij")
+    return torch.stack([rows, cols], dim=-1).flatten(0, 1)
+
+
+def to_pixels(points: Float[Tensor, "*batch 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
+    """Normalised (row, col) to pixels of an H x W map: (p + 1)(H - 1) / 2."""
+    last = torch.tensor([shape[0] - 1, shape[1] - 1], dtype=points.dtype, device=points.device)
+    return (points + 1) * last / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bilinear reading (DAT equation 8)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hat(a: Tensor, b: int) -> Tensor:
+    """g(a, b) = max(0, 1 - |a - b|) of DAT-8. At its three kinks the derivative is the one from the right."""
+    if b <= a < b + 1:
+        return 1 - (a - b)
+    if b - 1 <= a < b:
+        return 1 - (b - a)
+    return 0 * a
+
+
+def read_bilinear(z: Float[Tensor, "H W"], row: Tensor, col: Tensor) -> Tensor:
+    """phi(z; (row, col)) of DAT-8 for one channel, in pixels: the sum over every location of the map."""
+    H, W = z.shape
+    return sum(hat(row, i) * hat(col, j) * z[i, j] for i in range(H) for j in range(W))  # DAT-8
+
+
+def sample_points_loops(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B C N"]:
+    """DAT-8 as it is written: for every point and channel, every location of the map."""
+    (B, C, H, W), N = x.shape, points.shape[1]
+    pixels = to_pixels(points, (H, W))
+    out = [read_bilinear(x[b, c], *pixels[b, n]) for b in range(B) for c in range(C) for n in range(N)]
+    return torch.stack(out).reshape(B, C, N)
+
+
+def sample_points_torch(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B C N"]:
+    """DAT-8 on the four neighbours that matter, by torch's grid_sample."""
+    grid = rearrange(points.flip(-1), "B N xy -> B 1 N xy")
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0]
+
+
+def sample_points(
+    x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"], *, impl: str = "auto"
+) -> Float[Tensor, "B C N"]:
+    """Read a map at fractional positions: bilinear, zeros outside, differentiable in the map and in the positions.
+
+    Shapes: x (B, C, H, W); points (B, N, 2) as (row, col), where -1 and +1 are the centres of the first and the last
+    cell (align_corners=True). A point more than one cell outside reads 0; in between the border fades.
+    Returns (B, C, N). Raises TypeError, ValueError on wrong arguments. Source: DAT section 3.2, equation 8.
+    """
+    form = implementation("sample_points", impl, {"loops": sample_points_loops, "torch": sample_points_torch})
+    bind(x=(x, "B C H W"), points=(points, "B N 2"))
+    return form(x, points)
+
+
+def bilinear_weights(points: Float[Tensor, "*batch N 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch N S"]:
+    """The matrix of DAT-8: row n holds the weights with which point n reads the S = H W cells of a map."""
+    H, W = shape
+    pixels = to_pixels(points, shape)
+    cells_i, cells_j = (torch.arange(n, dtype=points.dtype, device=points.device) for n in shape)
+    weight_i = (1 - (pixels[..., 0, None] - cells_i).abs()).clamp(min=0)  # (*batch, N, H)
+    weight_j = (1 - (pixels[..., 1, None] - cells_j).abs()).clamp(min=0)  # (*batch, N, W)
+    return torch.einsum("...ni,...nj->...nij", weight_i, weight_j).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads and dense attention (DAT equations 2 and 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_heads(x: Float[Tensor, "B H W C"], heads: int) -> Float[Tensor, "B h L d"]:
+    """A channels-last map to row-major tokens of each head; head m owns channels [m d, (m + 1) d)."""
+    return rearrange(x, "B H W (h d) -> B h (H W) d", h=heads)
+
+
+def merge_heads(x: Float[Tensor, "B h L d"], shape: tuple[int, int]) -> Float[Tensor, "B H W C"]:
+    """The concatenation of DAT-3: the inverse of `split_heads`."""
+    return rearrange(x, "B h (H W) d -> B H W (h d)", H=shape[0], W=shape[1])
+
+
+def softmax_loops(logits: list[Tensor]) -> list[Tensor]:
+    """Softmax of a list of scalars; the largest is subtracted so that exp cannot overflow."""
+    top = max(logit.detach() for logit in logits)
+    powers = [(logit - top).exp() for logit in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def dense_attention_loops(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    bias: Float[Tensor, "h L N"] | None,
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DAT-2 one number at a time: z = softmax(q k^T / sqrt(d) + bias) v."""
+    (B, h, L, d), N = q.shape, k.shape[2]
+    z = []
+    for b in range(B):
+        for m in range(h):
+            for l in range(L):  # noqa: E741  (the paper's letter)
+                logits = [sum(q[b, m, l, c] * k[b, m, n, c] for c in range(d)) * scale for n in range(N)]
+                if bias is not None:
+                    logits = [logits[n] + bias[m, l, n] for n in range(N)]
+                weights = softmax_loops(logits)
+                z += [sum(weights[n] * v[b, m, n, c] for n in range(N)) for c in range(d)]
+    return torch.stack(z).reshape(B, h, L, d)
+
+
+def dense_attention_torch(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    bias: Float[Tensor, "*broadcast L N"] | None,
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def dense_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    *,
+    bias: Float[Tensor, "h L N"] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "B h L d"]:
+    """Every query reads every key: z = softmax(scale q k^T + bias) v in each head.
+
+    Shapes: q (B, h, L, d); k, v (B, h, N, d); bias (h, L, N) added to the logits, or None. `scale` None is d^-0.5.
+    Returns (B, h, L, d). Raises TypeError, ValueError on wrong arguments. Source: DAT section 3.1, equation 2.
+    """
+    form = implementation("dense_attention", impl, {"loops": dense_attention_loops, "torch": dense_attention_torch})
+    shapes = {"q": (q, "B h L d"), "k": (k, "B h N d"), "v": (v, "B h N d")}
+    sizes = bind(**shapes, **({} if bias is None else {"bias": (bias, "h L N")}))
+    return form(q, k, v, bias, scale_or_default(scale, sizes["d"]))
+
+
+def attention_weights(
+    q: Float[Tensor, "*batch L d"],
+    k: Float[Tensor, "*batch N d"],
+    bias: Float[Tensor, "*broadcast L N"] | None,
+    scale: float,
+) -> Float[Tensor, "*batch L N"]:
+    """The softmax of DAT-2 itself, for records and pictures."""
+    logits = torch.einsum("...ld,...nd->...ln", q, k) * scale
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def padding_to(shape: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns to add at the bottom and right so that both sides are whole multiples."""
+    return -shape[0] % multiple[0], -shape[1] % multiple[1]
+
+
+def pad_map(x: Float[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Float[Tensor, "*batch Hp Wp C"]:
+    """Append zero rows and columns to a channels-last map; no copy when there is nothing to add."""
+    return F.pad(x, (0, 0, 0, padding[1], 0, padding[0])) if any(padding) else x
+
+
+def partition_windows(x: Float[Tensor, "B h H W d"], window: tuple[int, int]) -> Float[Tensor, "B windows h T d"]:
+    """Cut the maps of all heads into windows, row-major, of T = wi wj tokens; sides must be whole multiples."""
+    return rearrange(x, "B h (I wi) (J wj) d -> B (I J) h (wi wj) d", wi=window[0], wj=window[1])
+
+
+def merge_windows(
+    x: Float[Tensor, "B windows h T d"], window: tuple[int, int], shape: tuple[int, int]
+) -> Float[Tensor, "B h H W d"]:
+    """The inverse of `partition_windows` for maps of `shape`."""
+    I = shape[0] // window[0]  # noqa: E741  (rows of windows)
+    return rearrange(x, "B (I J) h (wi wj) d -> B h (I wi) (J wj) d", I=I, wi=window[0], wj=window[1])
+
+
+def relative_index(window: tuple[int, int]) -> tuple[Int[Tensor, "T T"], Int[Tensor, "T T"]]:
+    """Row and column of a (2 wi - 1, 2 wj - 1) table for each (query, key) of a window: displacement + side - 1."""
+    i, j = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
+    i, j = i.flatten(), j.flatten()
+    return i[:, None] - i[None, :] + window[0] - 1, j[:, None] - j[None, :] + window[1] - 1
+
+
+def resize_table(table: Float[Tensor, "h I J"], size: tuple[int, int]) -> Float[Tensor, "h I2 J2"]:
+    """A bias table for another map or window size: bicubic, as the published fine-tuning at 384 does it."""
+    if tuple(table.shape[1:]) == size:
+        return table
+    return F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]

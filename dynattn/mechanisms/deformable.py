@@ -1,0 +1,362 @@
+"""Deformable attention (DAT, section 3.2): all queries read a few points that the image itself has moved.
+
+A regular grid of reference points p lies over the map x, one for every r x r cells. An offset network looks at the
+queries around each reference and moves it; keys and values are read where the points now are, between the cells.
+
+    q = x W_q        k~ = x~ W_k        v~ = x~ W_v                                                          DAT-6
+    Delta p = theta_offset(q)           x~ = phi(x; p + Delta p)                                             DAT-7
+    phi(z; (p_x, p_y)) = sum_(r_x, r_y) g(p_x, r_x) g(p_y, r_y) z[r_y, r_x, :],  g(a, b) = max(0, 1 - |a - b|)
+                                                                                     DAT-8, `core.sample_points`
+    z^(m) = softmax(q^(m) k~^(m)T / sqrt(d) + phi(B^; R)) v~^(m)                                             DAT-9
+    z = Concat(z^(1), ..., z^(M)) W_o                                                                        DAT-3
+
+The channels fall into G groups with points of their own (one offset network serves all); M / G heads read each.
+R is half the displacement from query to point, in [-1, 1]; B^ a table of (2H - 1) x (2W - 1) read by the same phi.
+Cost (DAT-10), N_s points, k the kernel of the offset network:
+
+    Omega = 2 HW N_s C + 2 HW C^2 + 2 N_s C^2  +  (k^2 + 2) N_s C
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from dynattn import core, tracing
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def deformable_attention_loops(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    points: Float[Tensor, "B g N 2"],
+    table: Float[Tensor, "h I J"] | None,
+    query_shape: tuple[int, int],
+    query_grid: str,
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DAT-9 one query, one point and one channel at a time."""
+    (B, h, L, d), (G, N) = q.shape, points.shape[1:3]
+    queries = core.grid_points(query_shape, query_grid, points)
+    z = []
+    for b in range(B):
+        for m in range(h):
+            g = m * G // h
+            for l in range(L):  # noqa: E741  (the paper's letter)
+                logits = []
+                for n in range(N):
+                    logit = sum(q[b, m, l, c] * k[b, m, n, c] for c in range(d)) * scale
+                    if table is not None:
+                        R = (queries[l] - points[b, g, n]) / 2  # in [-1, 1] while the point is on the map
+                        row, col = core.to_pixels(R, table.shape[1:])
+                        logit = logit + core.read_bilinear(table[m], row, col)  # phi(B^; R)
+                    logits.append(logit)
+                weights = core.softmax_loops(logits)
+                z += [sum(weights[n] * v[b, m, n, c] for n in range(N)) for c in range(d)]
+    return torch.stack(z).reshape(B, h, L, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def relative_bias(
+    points: Float[Tensor, "B g N 2"], table: Float[Tensor, "h I J"], query_shape: tuple[int, int], query_grid: str
+) -> Float[Tensor, "B h L N"]:
+    """phi(B^; R) of DAT-9: every head's table read at half the displacement from each query to each point."""
+    B, G = points.shape[:2]
+    queries = core.grid_points(query_shape, query_grid, points)
+    R = (queries[:, None] - points[:, :, None]) / 2  # (B, g, L, N, 2)
+    tables = repeat(table, "(g m) I J -> (B g) m I J", B=B, g=G)
+    bias = F.grid_sample(tables, R.flip(-1).flatten(0, 1), align_corners=True)
+    return rearrange(bias, "(B g) m L N -> B (g m) L N", B=B)
+
+
+def deformable_attention_torch(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    points: Float[Tensor, "B g N 2"],
+    table: Float[Tensor, "h I J"] | None,
+    query_shape: tuple[int, int],
+    query_grid: str,
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DAT-9 as dense attention to the sampled keys, with the bias read by grid_sample."""
+    bias = None if table is None else relative_bias(points, table, query_shape, query_grid)
+    return core.dense_attention_torch(q, k, v, bias, scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The operation
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMS = {"loops": deformable_attention_loops, "torch": deformable_attention_torch}
+
+
+def deformable_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    points: Float[Tensor, "B g N 2"],
+    table: Float[Tensor, "h I J"] | None,
+    query_shape: tuple[int, int],
+    *,
+    query_grid: str = "centre",
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "B h L d"]:
+    """Attention of all queries of a map to sampled keys, with the bias that depends on where they were sampled.
+
+    Shapes: q (B, h, H W, d), row-major; k, v (B, h, N, d); points (B, g, N, 2), normalised (row, col), where head m
+    uses group m g // h; table (h, I, J), usually (2H - 1, 2W - 1), or None for no bias; query_shape (H, W).
+    `query_grid`: "centre", queries at (2i + 1) / H - 1 as DAT's code has them, or "corner", 2i / (H - 1) - 1.
+    Returns (B, h, H W, d), differentiable in all five tensors. Raises TypeError, ValueError on wrong arguments.
+    Source: DAT section 3.2, equation 9.
+    """
+    form = core.implementation("deformable_attention", impl, FORMS)
+    core.one_of("query_grid", query_grid, ("centre", "corner"))
+    H, W = core.pair("query_shape", query_shape)
+    shapes = {"q": (q, f"B h {H * W} d"), "k": (k, "B h N d"), "v": (v, "B h N d"), "points": (points, "B g N 2")}
+    sizes = core.bind(**shapes, **({} if table is None else {"table": (table, "h I J")}))
+    if sizes["h"] % sizes["g"]:
+        raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
+    return form(q, k, v, points, table, (H, W), query_grid, core.scale_or_default(scale, sizes["d"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OffsetNetwork(nn.Module):
+    """theta_offset of DAT-7: a depthwise k x k convolution, GELU, and 1 x 1 to two numbers without bias (figure 2b).
+
+    `norm`: the published code has a LayerNorm after the first convolution, the text has none. `zero_init`: start with
+    offsets of zero. Queries of one group (B, c, H, W) to raw offsets (B, 2, ceil(H / r), ceil(W / r)), row first.
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int, *, norm: bool = True, zero_init: bool = False):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels) if norm else nn.Identity()
+        self.pointwise = nn.Linear(channels, 2, bias=False)
+        if zero_init:
+            nn.init.zeros_(self.pointwise.weight)
+
+    def forward(self, q: Float[Tensor, "B c H W"]) -> Float[Tensor, "B HG WG 2"]:
+        x = rearrange(self.depthwise(q), "B c HG WG -> B HG WG c")
+        return self.pointwise(F.gelu(self.norm(x)))
+
+
+class DeformableAttention(nn.Module):
+    """Deformable multi-head attention: (B, H, W, C) to the same, for any H and W.
+
+    dim, heads: C and M.  groups: G, divides both.  map_size: the (H, W) that sizes the bias table; at another size the
+    table is resized (bicubic).  stride: r, cells between reference points.  kernel: k of the offset network.
+    offset_range: s, the largest offset in units of `offset_unit`; 0 keeps the points on their references.
+    offsets: False reads the map itself, without sampling (Table 6; the unused network still counts, as in the paper).
+    position_bias: "relative" (DAT-9), "fixed" (a table of its own for each query and point), "dwconv" (a depthwise
+    3 x 3 of the queries added to the output), or None (Table 6).
+
+    Where text and published code part (see the ledger in notebook 01_dat), the defaults are the code's:
+    reference: "centre" of the cells, or "corner", from -1 to +1, as the text has it.
+    offset_unit: "half_cell", 1 / H_G, or "cell", one step of the reference grid, as the text implies.
+    offset_norm: LayerNorm in the offset network or not.
+    For small nets that should place points well: offset_zero_init, and clamp, which keeps points on the map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        groups: int,
+        map_size: tuple[int, int],
+        *,
+        stride: int = 1,
+        kernel: int = 5,
+        offset_range: float = 2.0,
+        offsets: bool = True,
+        position_bias: str | None = "relative",
+        reference: str = "centre",
+        offset_unit: str = "half_cell",
+        offset_norm: bool = True,
+        offset_zero_init: bool = False,
+        clamp: bool = False,
+    ):
+        super().__init__()
+        for name, value, whole in (("heads", heads, dim), ("groups", groups, heads)):
+            if whole % core.positive(name, value):
+                raise ValueError(f"{name}: expected a divisor of {whole}, got {value}")
+        core.one_of("position_bias", position_bias, ("relative", "fixed", "dwconv", None))
+        core.one_of("reference", reference, ("centre", "corner"))
+        core.one_of("offset_unit", offset_unit, ("half_cell", "cell"))
+        if offset_range < 0:
+            raise ValueError(f"offset_range: expected 0 or more, got {offset_range}")
+        self.heads, self.groups, self.stride, self.map_size = heads, groups, stride, tuple(map_size)
+        self.offset_range, self.offsets, self.position_bias = offset_range, offsets, position_bias
+        self.reference, self.offset_unit, self.clamp = reference, offset_unit, clamp
+
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.offset = OffsetNetwork(dim // groups, kernel, stride, norm=offset_norm, zero_init=offset_zero_init)
+        if position_bias == "dwconv":
+            self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        elif position_bias is not None:
+            H, W = map_size
+            relative = position_bias == "relative"
+            size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
+            self.table = nn.Parameter(torch.empty(heads, *size))
+            trunc_normal_(self.table, std=0.01)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        shape = tuple(x.shape[1:3])
+        q = self.q(x)  # DAT-6
+        sampled, points, references = self.sample(x, q)
+        heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads)  # noqa: E731
+        k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
+        q_heads, table = core.split_heads(q, self.heads), self.table_for(shape, points.dtype)
+        if self.position_bias == "fixed":
+            z = core.dense_attention_torch(q_heads, k, v, table, k.shape[-1] ** -0.5)
+        else:
+            z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference)  # DAT-9
+        if self.position_bias == "dwconv":
+            z = z + rearrange(
+                self.dwconv(rearrange(q, "B H W C -> B C H W")), "B (h d) H W -> B h (H W) d", h=self.heads
+            )
+        if tracing.recording():
+            tracing.keep(self, DeformableRecord(self, x, q_heads, k, v, z, points, references, table))
+        return self.proj(core.merge_heads(z, shape))  # DAT-3
+
+    def sample(
+        self, x: Float[Tensor, "B H W C"], q: Float[Tensor, "B H W C"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B g N 2"], Float[Tensor, "N 2"]]:
+        """DAT-7: the sampled features x~, the points p + Delta p of each group, and the references p."""
+        B, H, W, _ = x.shape
+        grid = (-(-H // self.stride), -(-W // self.stride))
+        references = core.grid_points(grid, self.reference, x)
+        if not self.offsets:
+            points = references.expand(B, self.groups, -1, -1)
+            pooled = F.avg_pool2d(rearrange(x, "B H W C -> B C H W"), self.stride, ceil_mode=True)
+            return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
+        raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))
+        cell = [1 / n if self.offset_unit == "half_cell" else 2 / max(n - 1, 1) for n in grid]
+        delta = self.offset_range * raw.tanh() * raw.new_tensor(cell)  # Delta p <- s tanh(Delta p)
+        points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
+        if self.clamp:
+            points = points.clamp(-1, 1)
+        features = rearrange(x, "B H W (g c) -> (B g) c H W", g=self.groups)
+        sampled = core.sample_points(features, points.flatten(0, 1))  # DAT-8
+        return rearrange(sampled, "(B g) c N -> B N (g c)", B=B), points, references
+
+    def table_for(self, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "h I J"] | None:
+        """The bias table for a map of `shape`: its own at `map_size`, else resized (bicubic)."""
+        if self.position_bias in (None, "dwconv"):
+            return None
+        table = self.table.to(dtype)
+        if self.position_bias == "relative":
+            return core.resize_table(table, (2 * shape[0] - 1, 2 * shape[1] - 1))
+        if shape == self.map_size:
+            return table
+        return resize_fixed(table, self.map_size, shape, self.stride)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, groups={self.groups}, stride={self.stride}, offset_range={self.offset_range}, "
+            f"position_bias={self.position_bias!r}, reference={self.reference!r}, offset_unit={self.offset_unit!r}"
+        )
+
+
+def resize_fixed(
+    table: Float[Tensor, "h L N"], old: Sequence[int], new: Sequence[int], stride: int
+) -> Float[Tensor, "h L2 N2"]:
+    """A "fixed" table for another map: bicubic over the points, then over the queries."""
+    down = [[-(-side // stride) for side in shape] for shape in (old, new)]
+    over_points = rearrange(table, "h L (HG WG) -> h L HG WG", HG=down[0][0])
+    over_points = F.interpolate(over_points, size=tuple(down[1]), mode="bicubic", align_corners=False)
+    over_queries = rearrange(over_points, "h (H W) HG WG -> h (HG WG) H W", H=old[0])
+    over_queries = F.interpolate(over_queries, size=tuple(new), mode="bicubic", align_corners=False)
+    return rearrange(over_queries, "h N H W -> h (H W) N")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DeformableRecord(tracing.Record):
+    """One deformable layer.
+
+    points (G, N, 2) and references (N, 2), normalised (row, col); q (M, L, d); k, v (M, N, d); z (M, L, d), what the
+    heads put out; attention (M, L, N). `exact` is False when a point reads the zeros outside the map, because the bias
+    of v is added to those reads too, or when "dwconv" adds a path of its own; `rest` says how large that is.
+    """
+
+    kind = "deformable"
+
+    def __init__(self, layer: DeformableAttention, x, q, k, v, z, points, references, table):
+        self.query_shape, self.heads, self.groups = tuple(x.shape[1:3]), layer.heads, layer.groups
+        self.points, self.references = points[0], references
+        self.q, self.k, self.v, self.z = q[0], k[0], v[0], z[0]
+        self.sampled, self.stride_of_points = layer.offsets, layer.stride
+        self.has_conv_path = layer.position_bias == "dwconv"
+        if layer.position_bias == "relative":
+            bias = relative_bias(points[:1], table, self.query_shape, layer.reference)[0]
+        else:
+            bias = table
+        self.attention = core.attention_weights(self.q, self.k, bias, self.q.shape[-1] ** -0.5)
+        self.source_values = core.split_heads(layer.v(x[:1]), layer.heads)[0]  # x W_v of every cell, bias included
+
+    def group(self, head: int) -> int:
+        """The offset group whose points a head reads."""
+        self.check_head(head)
+        return head * self.groups // self.heads
+
+    def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
+        self.check_head(head)
+        return self.attention[head]
+
+    def reads(self, group: int = 0) -> Float[Tensor, "N S"]:
+        """The bilinear weights with which the points of a group read the cells of the map (DAT-8)."""
+        if self.sampled:
+            return core.bilinear_weights(self.points[group], self.query_shape)
+        H, W = self.query_shape
+        cells = torch.eye(H * W, dtype=self.points.dtype, device=self.points.device).reshape(H * W, 1, H, W)
+        return F.avg_pool2d(cells, self.stride_of_points, ceil_mode=True).flatten(1).T
+
+    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
+        """A_eff = attention x bilinear weights."""
+        return self.attention[head] @ self.reads(self.group(head))
+
+    def value(self, head: int = 0) -> Float[Tensor, "S d"]:
+        self.check_head(head)
+        return self.source_values[head]
+
+    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
+        self.check_head(head)
+        return self.z[head]
+
+    @property
+    def exact(self) -> bool:
+        inside = all(bool((1 - self.reads(g).sum(dim=1)).abs().max() < 1e-5) for g in range(self.groups))
+        return inside and not self.has_conv_path
+
+    def points_xy(self, group: int = 0) -> Float[Tensor, "N 2"]:
+        """The deformed points of a group in image pixels (x, y)."""
+        return self.to_image(core.to_pixels(self.points[group], self.query_shape))
+
+    def references_xy(self) -> Float[Tensor, "N 2"]:
+        """Where the points would be without offsets, in image pixels (x, y)."""
+        return self.to_image(core.to_pixels(self.references, self.query_shape))
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """The sampled points and the attention that the query at image pixel (row, col) gives each."""
+        return tracing.Keys(self.points_xy(self.group(head)), self.attention[head, self.query(row, col)])

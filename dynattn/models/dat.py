@@ -1,0 +1,205 @@
+"""DAT, the Deformable Attention Transformer (CVPR 2022): local attention, then deformable attention, in four stages.
+
+    stem        4 x 4 patches, LayerNorm                                          H/4 x W/4
+    stage 1, 2  (window, shifted window) x N                                      the early stages stay local
+    stage 3, 4  (window, deformable) x N                                          Table 1
+    between     2 x 2 patches, LayerNorm: half the side, twice the channels
+    head        LayerNorm, global average, Linear
+
+The published code and the text disagree in places (ledger: notebook 01_dat). `variant="official"` follows the code,
+which the published checkpoints need; `variant="paper"` follows the text:
+
+    keyword         "official"        "paper"
+    reference       "centre"          "corner"        references at cell centres, or from -1 to +1
+    offset_unit     "half_cell"       "cell"          what one unit of s is
+    offset_norm     True              False           LayerNorm inside the offset network
+    kernels         (9, 7, 5, 3)      (5, 5, 5, 5)    of the offset network, by stage
+    shift           "up"              "down"          shifted windows move by ceil(w / 2), or by floor(w / 2) as Swin's
+
+Each keyword can be given alone, e.g. `create_model("dat_tiny", variant="paper", offset_norm=True,
+kernels=(9, 7, 5, 3))` reads the text with the published weights.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dynattn import core
+from dynattn.mechanisms.baselines import SpatialReductionAttention
+from dynattn.mechanisms.deformable import DeformableAttention
+from dynattn.mechanisms.deformable_detr import DeformableDetrAttention
+from dynattn.mechanisms.window import WindowAttention
+from dynattn.models.layers import Backbone, Block, PatchEmbedding, Stage, drop_path_rates, initialise
+
+VARIANTS = {
+    "official": dict(
+        reference="centre", offset_unit="half_cell", offset_norm=True, kernels=(9, 7, 5, 3), shift="up"
+    ),
+    "paper": dict(reference="corner", offset_unit="cell", offset_norm=False, kernels=(5, 5, 5, 5), shift="down"),
+}
+ATTENTIONS = ("window", "shifted", "deformable", "deformable_detr", "sra")
+
+
+class DAT(Backbone):
+    """DAT and its ablations: (B, in_chans, H, W) to (B, num_classes), for any H and W.
+
+    img_size: the (H, W) that sizes the bias tables.  dims, depths, heads: by stage.  groups: offset groups G by stage.
+    window: side of the local windows.  blocks: which attention each stage repeats, e.g. ("window", "deformable");
+    of "window", "shifted", "deformable", "deformable_detr", "sra".
+    deformable_stages: shorthand for `blocks`: these stages (1 to 4) have ("window", "deformable"), the others
+    ("window", "shifted") (Table 7).  early: "shifted" or "sra", the attention of stages 1 and 2 (Table 6, row P),
+    with `sra_ratios` by stage.
+    strides: r by stage (Table 8 has 2 in stage 3).  offset_range: s, one number or one a stage.  offsets,
+    position_bias: Table 6.  detr_points: K by stage for "deformable_detr" (Table 8).
+    conv_embedding: overlapping 7 x 7 stem and 3 x 3 down-sampling (DAT-T*, Table 9).
+    drop_path_rate: stochastic depth of the last block.  variant, reference, offset_unit, offset_norm, kernels, shift:
+    see the head of this file.  offset_zero_init, clamp: for small nets, see `DeformableAttention`.
+    Raises ValueError, TypeError for arguments that do not fit together. Source: DAT section 3.3, Table 1.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        *,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        groups: Sequence[int] = (1, 2, 3, 6),
+        window: int = 7,
+        blocks: Sequence[Sequence[str]] | None = None,
+        deformable_stages: Sequence[int] = (3, 4),
+        early: str = "shifted",
+        sra_ratios: Sequence[int] = (8, 4, 2, 1),
+        strides: Sequence[int] = (4, 2, 1, 1),
+        offset_range: float | Sequence[float] = 2.0,
+        offsets: bool = True,
+        position_bias: str | None = "relative",
+        detr_points: Sequence[int] = (49, 49, 49, 49),
+        conv_embedding: bool = False,
+        drop_path_rate: float = 0.2,
+        variant: str = "official",
+        reference: str | None = None,
+        offset_unit: str | None = None,
+        offset_norm: bool | None = None,
+        kernels: Sequence[int] | None = None,
+        shift: str | None = None,
+        offset_zero_init: bool = False,
+        clamp: bool = False,
+    ):
+        super().__init__()
+        core.one_of("variant", variant, tuple(VARIANTS))
+        core.one_of("early", early, ("shifted", "sra"))
+        given = dict(
+            reference=reference, offset_unit=offset_unit, offset_norm=offset_norm, kernels=kernels, shift=shift
+        )
+        reading = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
+        core.one_of("shift", reading["shift"], ("up", "down"))
+        core.one_of("reference", reading["reference"], ("centre", "corner"))
+        core.one_of("offset_unit", reading["offset_unit"], ("half_cell", "cell"))
+        count = len(depths)
+        ranges = [offset_range] * count if isinstance(offset_range, int | float) else list(offset_range)
+        by_stage = dict(
+            dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"], offset_range=ranges
+        )
+        for name, values in by_stage.items():
+            if len(values) < count:
+                raise ValueError(f"{name}: expected {count} values, one for each stage of depths, got {tuple(values)}")
+        if blocks is None:
+            blocks = [_default_blocks(stage, deformable_stages, early) for stage in range(1, count + 1)]
+        for kind in (kind for kinds in blocks for kind in kinds):
+            core.one_of("blocks", kind, ATTENTIONS)
+
+        self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.variant = variant
+        self.feature_info = [
+            dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)
+        ]
+        shift_cells = (window + 1) // 2 if reading["shift"] == "up" else window // 2
+
+        def attention(i: int, kind: str) -> nn.Module:
+            """The attention layer of stage i."""
+            map_size = tuple(-(-side // (4 * 2**i)) for side in self.img_size)
+            if kind in ("window", "shifted"):
+                return WindowAttention(dims[i], heads[i], window, shift_cells if kind == "shifted" else 0)
+            if kind == "sra":
+                return SpatialReductionAttention(dims[i], heads[i], sra_ratios[i])
+            if kind == "deformable_detr":
+                return DeformableDetrAttention(dims[i], heads[i], detr_points[i])
+            return DeformableAttention(
+                dims[i],
+                heads[i],
+                groups[i],
+                map_size,
+                stride=strides[i],
+                kernel=reading["kernels"][i],
+                offset_range=ranges[i],
+                offsets=offsets,
+                position_bias=position_bias,
+                reference=reading["reference"],
+                offset_unit=reading["offset_unit"],
+                offset_norm=reading["offset_norm"],
+                offset_zero_init=offset_zero_init,
+                clamp=clamp,
+            )
+
+        def embedding(i: int) -> nn.Module:
+            """What makes the map of stage i smaller: the stem for i = -1."""
+            channels, out = (in_chans, dims[0]) if i < 0 else (dims[i], dims[i + 1])
+            stride = 4 if i < 0 else 2
+            kernel = (7 if i < 0 else 3) if conv_embedding else stride
+            return PatchEmbedding(channels, out, kernel, stride, bias=i < 0)
+
+        rates = drop_path_rates(drop_path_rate, tuple(depths))
+        self.embed = embedding(-1)
+        self.stages = nn.ModuleList()
+        for i in range(count):
+            kinds = [blocks[i][d % len(blocks[i])] for d in range(depths[i])]
+            layers = [Block(dims[i], attention(i, k), drop_path=r) for k, r in zip(kinds, rates[i], strict=True)]
+            self.stages.append(Stage(embedding(i - 1) if i else nn.Identity(), layers))
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.head.apply(initialise)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone: the bias tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith("table")}
+
+
+def _default_blocks(stage: int, deformable_stages: Sequence[int], early: str) -> tuple[str, ...]:
+    """The pair of attentions that a stage repeats (Tables 1, 6 and 7)."""
+    if stage in deformable_stages:
+        return ("window", "deformable")
+    return ("sra",) if early == "sra" and stage <= 2 else ("window", "shifted")
+
+
+TINY = dict()
+SMALL = dict(depths=(2, 2, 18, 2), drop_path_rate=0.3)
+BASE = dict(
+    dims=(128, 256, 512, 1024),
+    depths=(2, 2, 18, 2),
+    heads=(4, 8, 16, 32),
+    groups=(1, 2, 4, 8),
+    drop_path_rate=0.5,
+)
+BASE_384 = BASE | dict(img_size=384, window=12)
+TINY_CONV = dict(conv_embedding=True)
+MINI = dict(
+    img_size=128,
+    num_classes=10,
+    dims=(32, 64, 128),
+    depths=(2, 4, 4),
+    heads=(2, 4, 8),
+    groups=(1, 2, 2),
+    window=8,
+    deformable_stages=(2, 3),
+    strides=(4, 2, 2),
+    kernels=(9, 5, 5),
+    conv_embedding=True,
+    drop_path_rate=0.05,
+    offset_range=4.0,
+    offset_zero_init=True,
+    clamp=True,
+)

@@ -1,0 +1,157 @@
+"""What several models share: patch embeddings, the feed-forward network, the transformer block, the classifier.
+
+Maps are channels-last (B, H, W, C) between layers. A map whose side is odd is padded with zeros before a stride of 2,
+so that every stage has the ceiling of half the side before.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+
+from dynattn import core
+
+
+class PatchEmbedding(nn.Module):
+    """A strided convolution and a LayerNorm: (B, H, W, C) to (B, ceil(H / stride), ceil(W / stride), out).
+
+    kernel == stride: patches that do not overlap, the border padded with zeros to whole patches. kernel > stride:
+    overlapping ones, padded by kernel // 2 on all sides.
+    """
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int, *, bias: bool = True):
+        super().__init__()
+        overlaps = kernel > stride
+        self.stride, self.overlaps = stride, overlaps
+        self.proj = nn.Conv2d(channels, out, kernel, stride, kernel // 2 if overlaps else 0, bias=bias)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        if not self.overlaps:
+            x = core.pad_map(x, core.padding_to(tuple(x.shape[1:3]), (self.stride, self.stride)))
+        x = self.proj(rearrange(x, "B H W C -> B C H W"))
+        return self.norm(rearrange(x, "B C H W -> B H W C"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block (DAT-4, DAT-5) around any attention that maps (B, H, W, C) to itself.
+
+    Stochastic depth drops either branch with probability `drop_path`; `ratio` widens the feed-forward network.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, ratio: float = 4.0):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), attn
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = x + self.drop_path(self.attn(self.norm1(x)))  # DAT-4
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # DAT-5
+
+
+def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Stochastic depth that grows linearly over all blocks from 0 to `rate`, by stage and block."""
+    rates = iter(torch.linspace(0, rate, sum(depths)).tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights of std 0.02 and zero biases for Linear layers, as ViT, DeiT and Swin start."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Backbone(nn.Module):
+    """The interface of a hierarchical backbone, as timm has it, for a model with `embed`, `stages`, `norm`, `head`.
+
+    A stage maps (B, H, W, C) to the next map; `feature_info` tells channels, reduction and module of each.
+    """
+
+    feature_info: list[dict]
+
+    def stage_maps(self, x: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B h w c"]]:
+        """The output of every stage, channels-last, highest resolution first."""
+        self.check_input(x)
+        x, maps = self.embed(rearrange(x, "B C H W -> B H W C")), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x is a floating (B, in_chans, H, W) of some size."""
+        core.bind(x=(x, f"B {self.in_chans} H W"))
+
+    def forward_features(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
+        """The last stage's map, normalised."""
+        return rearrange(self.norm(self.stage_maps(x)[-1]), "B h w c -> B c h w")
+
+    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B out"]:
+        """Global average, then the classifier (`pre_logits`: the average itself)."""
+        pooled = x.mean(dim=(2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "B 3 H W"],
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, highest resolution first, as timm's models give them.
+
+        indices: which stages (None all, n the last n); norm: apply the final norm to the last; output_fmt "NCHW" or
+        "NHWC". Returns the list, or (final features, list) unless `intermediates_only`. All stages always run
+        (`stop_early` is accepted and leaves the result the same).
+        """
+        core.one_of("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        count = len(self.stages)
+        if indices is None:
+            chosen = list(range(count))
+        elif isinstance(indices, int):
+            chosen = list(range(count - indices, count))
+        else:
+            chosen = [i % count if -count <= i < count else i for i in indices]
+        if not chosen or not all(0 <= i < count for i in chosen):
+            raise ValueError(f"indices: expected stages 0 to {count - 1}, got {indices!r}")
+        maps = self.stage_maps(x)
+        final = self.norm(maps[-1])
+        if norm:
+            maps[-1] = final
+        as_wanted = (lambda m: rearrange(m, "B h w c -> B c h w")) if output_fmt == "NCHW" else (lambda m: m)
+        intermediates = [as_wanted(maps[i]) for i in chosen]
+        return intermediates if intermediates_only else (rearrange(final, "B h w c -> B c h w"), intermediates)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer for `num_classes`; 0 removes it. Only global average pooling ("avg") is supported."""
+        core.one_of("global_pool", global_pool, (None, "avg"))
+        self.num_classes = num_classes
+        reference = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(reference.device, reference.dtype)
+
+
+class Stage(nn.Module):
+    """Down-sampling (or nothing, in the first stage), then blocks."""
+
+    def __init__(self, down: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.down, self.blocks = down, nn.Sequential(*blocks)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w c"]:
+        return self.blocks(self.down(x))
+
+

@@ -1,0 +1,259 @@
+"""Published checkpoints into our models: names and shapes of the authors' state dicts, translated.
+
+For each of our entries a table says what the published code calls it. Everything else is strict: an entry that is
+missing, unexpected or of another shape raises, in the published names, and the model stays as it was.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dynattn import core, weights
+from dynattn.mechanisms.deformable import DeformableAttention, resize_fixed
+from dynattn.mechanisms.window import WindowAttention
+from dynattn.models.dat import DAT
+from dynattn.models.registry import create_model, load_trained, recipe_of
+
+WRAPPERS = ("model", "state_dict", "state_dict_ema")
+PREFIXES = ("module.", "backbone.")
+DERIVED = re.compile(r"(^|\.)(relative_position_index|attn_mask|reference|q_grid)$")  # computed, not learned
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the published code calls one of our entries, and how its tensor becomes ours."""
+
+    name: str
+    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DAT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+
+def dat_entries(model: DAT) -> dict[str, Entry]:
+    """Our name: the published entry, for every entry of a DAT."""
+    modules = dict(model.named_modules())
+    return {name: _dat_entry(name, modules) for name in model.state_dict()}
+
+
+def _dat_entry(name: str, modules: dict[str, nn.Module]) -> Entry:
+    head, _, last = name.rpartition(".")
+    if found := re.fullmatch(r"(embed|stages\.(\d+)\.down)\.(proj|norm)", head):
+        place = "patch_proj" if found[1] == "embed" else f"down_projs.{int(found[2]) - 1}"
+        return Entry(f"{place}.{'0' if found[3] == 'proj' else '1.norm'}.{last}")
+    if head in ("norm", "head"):
+        return Entry(f"{'cls_norm.norm' if head == 'norm' else 'cls_head'}.{last}")
+    stage, block, rest = re.fullmatch(r"(stages\.\d+)\.blocks\.(\d+)\.(.+)", name).groups()
+    if found := re.fullmatch(r"norm([12])\.(\w+)", rest):
+        return Entry(f"{stage}.layer_norms.{2 * int(block) + int(found[1]) - 1}.norm.{found[2]}")
+    if found := re.fullmatch(r"mlp\.fc([12])\.(\w+)", rest):
+        return Entry(f"{stage}.mlps.{block}.chunk.linear{found[1]}.{found[2]}")
+    attention, path = modules[f"{stage}.blocks.{block}.attn"], f"{stage}.attns.{block}"
+    return _dat_attention_entry(attention, path, rest.removeprefix("attn."))
+
+
+def _dat_attention_entry(attention: nn.Module, path: str, rest: str) -> Entry:
+    as_linear = lambda t: t[:, :, 0, 0] if t.ndim == 4 else t  # noqa: E731  (they have 1 x 1 convolutions)
+    if rest == "table" and isinstance(attention, WindowAttention):
+        side = 2 * attention.window - 1
+        return Entry(
+            f"{path}.relative_position_bias_table",
+            lambda t: core.resize_table(rearrange(t, "(I J) h -> h I J", I=int(len(t) ** 0.5)), (side, side)),
+        )
+    if rest == "table" and isinstance(attention, DeformableAttention):
+        return Entry(f"{path}.rpe_table", lambda t: _fit_deformable_table(t, attention))
+    names = {
+        "qkv": "proj_qkv",
+        "proj": "proj_out",
+        "q": "proj_q",
+        "k": "proj_k",
+        "v": "proj_v",
+        "offset.depthwise": "conv_offset.0",
+        "offset.norm": "conv_offset.1.norm",
+        "offset.pointwise": "conv_offset.3",
+        "dwconv": "rpe_table",
+    }
+    module, _, last = rest.rpartition(".")
+    keep_shape = module in ("offset.depthwise", "dwconv")
+    return Entry(f"{path}.{names.get(module, module)}.{last}", (lambda t: t) if keep_shape else as_linear)
+
+
+def _fit_deformable_table(table: Tensor, attention: DeformableAttention) -> Tensor:
+    """A published table for the map that our layer was made for."""
+    size = tuple(attention.table.shape[1:])
+    if tuple(table.shape[1:]) == size or attention.position_bias == "relative":
+        return core.resize_table(table, size)
+    old = int(table.shape[1] ** 0.5)
+    return resize_fixed(table, (old, old), attention.map_size, attention.stride)
+
+
+def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The `create_model` name and arguments that fit a published DAT."""
+    stem = state["patch_proj.0.weight"]
+    blocks = {int(found[1]) for key in state if (found := re.match(r"stages\.2\.layer_norms\.(\d+)\.", key))}
+    depth = (max(blocks) + 1) // 2 if blocks else 0
+    window = (int(len(state["stages.0.attns.0.relative_position_bias_table"]) ** 0.5) + 1) // 2
+    names = {(96, 6, 4, 7): "dat_tiny", (96, 6, 7, 7): "dat_tiny_conv", (96, 18, 4, 7): "dat_small"}
+    names |= {(128, 18, 4, 7): "dat_base", (128, 18, 4, 12): "dat_base_384"}
+    found = (stem.shape[0], depth, stem.shape[-1], window)
+    if found not in names:
+        raise ValueError(
+            "state_dict: a DAT that is none of the published ones: "
+            f"{found[0]} stem channels, {depth} blocks in stage 3, a {found[2]} x {found[2]} stem, windows of {window}"
+        )
+    name, options = names[found], {}
+    defaults = {"num_classes": 1000, "img_size": 224} | recipe_of(names[found])[1]
+    classes = state["cls_head.weight"].shape[0] if "cls_head.weight" in state else 0
+    tables = [t for key, t in sorted(state.items()) if re.match(r"stages\.2\.attns\.\d+\.rpe_table$", key)]
+    side = (tables[0].shape[1] + 1) // 2 * 16 if tables else defaults["img_size"]
+    for key, value in (("num_classes", classes), ("img_size", side)):
+        if value != defaults[key]:
+            options[key] = value
+    return name, options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENTRIES: list[tuple[type[nn.Module], Callable]] = [(DAT, dat_entries)]
+IDENTIFIERS: list[tuple[str, Callable]] = [("patch_proj.0.weight", identify_dat)]  # an entry only this paper has
+
+
+def read_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
+    """The published entries of a checkpoint: a path (.pth, .safetensors) or a dict, unwrapped, derived buffers removed.
+
+    Files are read without running any code in them (`weights_only=True`).
+    Raises FileNotFoundError; ValueError for a damaged file, one with code in it, or one without a state dict;
+    TypeError for something else.
+    """
+    if isinstance(source, str | os.PathLike):
+        content = _read_file(Path(source))
+    elif isinstance(source, dict):
+        content = source
+    else:
+        raise TypeError(f"path_or_state_dict: expected a path or a dict, got {type(source).__name__}")
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(content.items())[:5])
+        raise ValueError(f"path_or_state_dict: expected tensors by name, bare or under {WRAPPERS}; got {{{found}}}")
+    state = {}
+    for key, value in content.items():
+        for prefix in PREFIXES:
+            key = key.removeprefix(prefix)
+        if not DERIVED.search(key):
+            state[key] = value
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(f"path_or_state_dict: {len(bad)} entries hold NaN or infinity, first {bad[:10]}")
+    return state
+
+
+def _read_file(path: Path) -> dict:
+    """The content of a checkpoint file; nothing in it is executed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path_or_state_dict: no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({error})") from error
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        raise ValueError(
+            f"path_or_state_dict: {path} holds objects that only running code could restore, which is never done here. "
+            f"{reason.strip()} If you trust it, save its weights alone: "
+            "torch.save({'model': torch.load(path, weights_only=False)['model']}, 'weights.pth')"
+        ) from error
+    except Exception as error:  # every reader has errors of its own for a damaged file
+        raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path_or_state_dict: {path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The name and arguments for `create_model` that fit published entries. Raises ValueError when none does."""
+    for mark, recognise in IDENTIFIERS:
+        if mark in state:
+            return recognise(state)
+    raise ValueError(f"state_dict: none of the published models has such entries: {', '.join(list(state)[:5])}, ...")
+
+
+def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict) -> nn.Module:
+    """Load the published weights of one of the papers into our model of the same shape; returns the model.
+
+    path_or_state_dict: a file, read with `weights_only=True`, or a dict; the entries bare or under "model",
+    "state_dict", "state_dict_ema", with or without the prefixes "module." and "backbone.". Position tables of another
+    resolution are resized (bicubic); derived buffers (masks, indices, grids) are ignored.
+    Raises ValueError, TypeError or FileNotFoundError, with what is missing, unexpected or of the wrong shape and the
+    `create_model` call that would fit; the model is unchanged then.
+    """
+    entries = next((make(model) for kind, make in ENTRIES if isinstance(model, kind)), None)
+    if entries is None:
+        raise TypeError(f"model: there are no published weights for a {type(model).__name__}")
+    state = read_state_dict(path_or_state_dict)
+    own = model.state_dict()
+    missing = [entry.name for entry in entries.values() if entry.name not in state]
+    unexpected = sorted(set(state) - {entry.name for entry in entries.values()})
+    wrong, converted = [], {}
+    for name, entry in entries.items():
+        if entry.name in state:
+            try:
+                converted[name] = entry.convert(state[entry.name])
+            except (RuntimeError, IndexError, ValueError):  # a shape that no table of this kind has
+                converted[name] = state[entry.name]
+            if converted[name].shape != own[name].shape:
+                wrong.append(f"{entry.name} {tuple(state[entry.name].shape)} for {tuple(own[name].shape)}")
+    if missing or unexpected or wrong:
+        raise ValueError(_complaint(state, missing, unexpected, wrong))
+    model.load_state_dict(converted)
+    return model
+
+
+def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    """What does not fit, the first ten of each kind, and the call that would."""
+    lines = ["path_or_state_dict: the checkpoint does not fit the model, which is unchanged."]
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)):
+        if names:
+            more = f", and {len(names) - 10} more" if len(names) > 10 else ""
+            lines.append(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
+    try:
+        name, options = identify(state)
+        arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+        lines.append(f'It fits dynattn.create_model("{name}"{arguments}).')
+    except (ValueError, KeyError):
+        lines.append("It is no published model that dynattn knows.")
+    return "\n".join(lines)
+
+
+def model_from(path: str | os.PathLike) -> tuple[str, nn.Module]:
+    """The name and the model, in eval mode, of any checkpoint file: a published one, or one that `train` wrote.
+
+    Raises FileNotFoundError, ValueError when it cannot be read or fits no model.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state, metadata = weights.read(path)
+        model = create_model(metadata["name"], **metadata["arguments"])
+        load_trained(model, state)
+        return metadata["name"], model.eval()
+    state = read_state_dict(path)
+    name, options = identify(state)
+    return name, load_official(create_model(name, **options), state).eval()

@@ -1,0 +1,83 @@
+"""Trained checkpoints that ship with the package, and the file format they share: half-precision safetensors.
+
+A file holds the tensors and one metadata entry, `dynattn`, a JSON object: the model's name and arguments, its classes,
+the command, seed and number of steps that made it, and the accuracy it reached. Nothing in it is executed on reading.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+ENTRY = "dynattn"
+
+
+def available() -> list[str]:
+    """Names of the models whose checkpoint ships with the package, sorted."""
+    return sorted(file.stem for file in FOLDER.glob("*.safetensors"))
+
+
+def path(name: str) -> Path:
+    """The shipped checkpoint of a model.
+
+    Raises: ValueError where none ships under that name.
+    """
+    if name not in available():
+        raise ValueError(f"name: expected a model with a shipped checkpoint ({', '.join(available())}), got {name!r}")
+    return FOLDER / f"{name}.safetensors"
+
+
+def read(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a checkpoint, floating ones in float32, and its metadata.
+
+    Raises: FileNotFoundError; ValueError where the file is damaged or was not made by `write`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"file: no checkpoint at {file}")
+    try:
+        with safe_open(file, framework="pt") as content:
+            state = {key: content.get_tensor(key) for key in content.offset_keys()}
+            metadata = json.loads((content.metadata() or {})[ENTRY])
+    except SafetensorError as error:
+        raise ValueError(f"file: {file} is not a whole safetensors file ({error}); copy or train it again") from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"file: {file} has no readable metadata entry {ENTRY!r}: not a checkpoint of ours") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, metadata
+
+
+def write(file: str | Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a checkpoint, floating tensors in float16; the file is whole or absent at any moment.
+
+    Raises: ValueError where a tensor holds what float16 cannot (too large, NaN).
+    """
+    from safetensors.torch import save
+
+    half = {
+        key: (value.half() if value.is_floating_point() else value).cpu().contiguous() for key, value in state.items()
+    }
+    if lost := [key for key, value in half.items() if not value.isfinite().all()]:
+        raise ValueError(f"state: expected values that float16 holds, got others in {', '.join(lost)}")
+    replace(file, save(half, {ENTRY: json.dumps(metadata), "format": "pt"}))
+
+
+def replace(file: str | Path, content: bytes) -> None:
+    """Give a file new content so that, killed or unplugged at any moment, it holds the old or the new, never a part."""
+    file = Path(file)
+    temporary = file.with_name(file.name + ".tmp")  # same folder: a rename is atomic only within one file system
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())  # the bytes must be on disk before the name points to them
+    os.replace(temporary, file)
+    if os.name == "posix":  # the new name itself lives in the folder; Windows cannot open one
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
