@@ -297,17 +297,17 @@ def pad_map(x: Float[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Float
     return F.pad(x, (0, 0, 0, padding[1], 0, padding[0])) if any(padding) else x
 
 
-def partition_windows(x: Float[Tensor, "B h H W d"], window: tuple[int, int]) -> Float[Tensor, "B windows h T d"]:
-    """Cut the maps of all heads into windows, row-major, of T = wi wj tokens; sides must be whole multiples."""
-    return rearrange(x, "B h (I wi) (J wj) d -> B (I J) h (wi wj) d", wi=window[0], wj=window[1])
+def partition_windows(x: Float[Tensor, "B H W C"], window: tuple[int, int]) -> Float[Tensor, "n T C"]:
+    """Cut maps into windows of T = wi wj tokens, row-major, n = B windows; sides must be whole multiples."""
+    return rearrange(x, "B (I wi) (J wj) C -> (B I J) (wi wj) C", wi=window[0], wj=window[1])
 
 
 def merge_windows(
-    x: Float[Tensor, "B windows h T d"], window: tuple[int, int], shape: tuple[int, int]
-) -> Float[Tensor, "B h H W d"]:
+    x: Float[Tensor, "n T C"], window: tuple[int, int], shape: tuple[int, int]
+) -> Float[Tensor, "B H W C"]:
     """The inverse of `partition_windows` for maps of `shape`."""
-    I = shape[0] // window[0]  # noqa: E741  (rows of windows)
-    return rearrange(x, "B (I J) h (wi wj) d -> B h (I wi) (J wj) d", I=I, wi=window[0], wj=window[1])
+    I, J = shape[0] // window[0], shape[1] // window[1]  # noqa: E741  (rows and columns of windows)
+    return rearrange(x, "(B I J) (wi wj) C -> B (I wi) (J wj) C", I=I, J=J, wi=window[0], wj=window[1])
 
 
 def relative_index(window: tuple[int, int]) -> tuple[Int[Tensor, "T T"], Int[Tensor, "T T"]]:

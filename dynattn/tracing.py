@@ -66,6 +66,7 @@ class Record:
     name: str = ""
     image_shape: tuple[int, int] | None = None
     stride: tuple[float, float] = (1.0, 1.0)
+    exact: bool = True  # whether A_eff @ value == output in every head, up to rounding; else see `rest`
 
     # What a mechanism must answer ---------------------------------------------------------------------------------
 
@@ -91,11 +92,6 @@ class Record:
         """||output - A_eff value|| / ||output||: how much of this head's output A_eff does not explain."""
         output = self.output(head)
         return float((output - self.effective_matrix(head) @ self.value(head)).norm() / output.norm())
-
-    @property
-    def exact(self) -> bool:
-        """Whether A_eff @ value == output in every head, up to rounding. False where the value path has a rest."""
-        return True
 
     def query(self, row: float, col: float) -> int:
         """The row-major index of the query whose cell holds image pixel (row, col)."""

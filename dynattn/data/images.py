@@ -88,7 +88,7 @@ def _checked_array(array: np.ndarray) -> UInt8[np.ndarray, "..."]:
         hint = "; for values in [0, 1]: (255 * image).round().astype('uint8')" if array.dtype.kind in "fb" else ""
         raise TypeError(f"image: expected an array of dtype uint8 with values 0 to 255, got {array.dtype}{hint}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        hint = "; channels come last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        hint = "; channels come last" if array.ndim == 3 and array.shape[0] in (1, 3) else ""
         raise ValueError(f"image: expected an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}{hint}")
     if array.size == 0:
         raise ValueError(f"image: expected at least one pixel, got an array of shape {array.shape}")
@@ -194,7 +194,7 @@ def augment(images: UInt8[Tensor, "B 3 S S"], generator: torch.Generator) -> Flo
     pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(images)
     scale, shift = _affine(images.device)
-    return moved * (gain * scale) + (offset * scale + shift)
+    return (moved * (gain * scale)).add_(offset * scale + shift)
 
 
 def _reflected(side: int, where: Float[Tensor, " B"]) -> Tensor:

@@ -24,7 +24,7 @@ AREA = (0.08, 0.18)  # of the whole object, as a share of the image
 VISIBLE = 0.6  # the least share of the object inside the frame
 FRAGMENT_AREA, LEAST_FRAGMENT = (0.03, 0.09), 0.01  # of a distractor, whole; and what must be left of it in the frame
 
-Points = Float[np.ndarray, "n 2"]  # (x, y)
+Points = Float[np.ndarray, "_ 2"]  # (x, y)
 Colour = Float[np.ndarray, " 3"]  # red, green, blue from 0 to 255
 Outline = list[tuple[Points, bool]]  # polygons drawn one over the other; False cuts out
 

@@ -9,6 +9,8 @@ mix with those that did not. With (i, j) the cell of a query and (u, v) that of 
     z^(m) = softmax(q k^T / sqrt(d) + B^(m)[i - u + w - 1, j - v + w - 1]) v                                 DAT-2
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,40 +72,78 @@ def window_attention_loops(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def regions(shape: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """One number for each cell; two cells may read each other iff their numbers are equal."""
-    labels = torch.zeros(shape, dtype=torch.long)
-    for dim, (side, w, s) in enumerate(zip(shape, window, shift, strict=True)):
-        s, i = shift_of(side, w, s), torch.arange(side)
-        label = 2 * (((i - s) % (-(-side // w) * w)) // w) + (i < s)
-        labels = labels * (2 * side + 2) + (label[:, None] if dim == 0 else label[None, :])
-    return labels
+@dataclass(frozen=True)
+class Layout:
+    """How windows lie on an H x W map: sides and shift in cells, as (rows, columns)."""
 
+    shape: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int]
 
-def to_windows(
-    x: Float[Tensor, "B h H W d"], window: tuple[int, int], shift: tuple[int, int], padding: tuple[int, int]
-) -> Float[Tensor, "B windows h T d"]:
-    """Pad, roll to the top left, cut."""
-    x = core.pad_map(x, padding)
-    if any(shift):
-        x = x.roll((-shift[0], -shift[1]), dims=(2, 3))
-    return core.partition_windows(x, window)
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns added at the bottom and right."""
+        return core.padding_to(self.shape, self.window)
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The shape of whole windows."""
+        return self.shape[0] + self.padding[0], self.shape[1] + self.padding[1]
 
-def may_read(
-    shape: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padding: tuple[int, int]
-) -> Bool[Tensor, "windows T T"]:
-    """Inside each window, which key a query may read. Padded tokens read each other, so that no row is empty."""
-    labels = F.pad(regions(shape, window, shift), (0, padding[1], 0, padding[0]), value=-1)
-    labels = labels.roll((-shift[0], -shift[1]), dims=(0, 1))
-    labels = rearrange(labels, "(I wi) (J wj) -> (I J) (wi wj)", wi=window[0], wj=window[1])
-    return labels[:, :, None] == labels[:, None, :]
+    @property
+    def roll(self) -> tuple[int, int]:
+        """The shift of each axis that has more than one window."""
+        return tuple(shift_of(side, w, s) for side, w, s in zip(self.shape, self.window, self.shift, strict=True))
 
+    def cut(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "n T C"]:
+        """Pad, roll to the top left, cut into windows."""
+        x = core.pad_map(x, self.padding)
+        if any(self.roll):
+            x = x.roll((-self.roll[0], -self.roll[1]), dims=(1, 2))
+        return core.partition_windows(x, self.window)
 
-def window_bias(table: Float[Tensor, "h I J"], window: tuple[int, int]) -> Float[Tensor, "h T T"]:
-    """B^(m): the table at the displacement of every query and key of a window."""
-    rows, cols = core.relative_index(window)
-    return table[:, rows, cols]
+    def join(self, x: Float[Tensor, "n T C"]) -> Float[Tensor, "B H W C"]:
+        """The inverse of `cut`."""
+        x = core.merge_windows(x, self.window, self.padded)
+        if any(self.roll):
+            x = x.roll(self.roll, dims=(1, 2))
+        return x[:, : self.shape[0], : self.shape[1]]
+
+    def regions(self) -> Int[Tensor, "H W"]:
+        """One number for each cell; two cells may read each other iff their numbers are equal."""
+        labels = []
+        for side, padded, w, s in zip(self.shape, self.padded, self.window, self.roll, strict=True):
+            i = torch.arange(side)
+            labels.append(2 * (((i - s) % padded) // w) + (i < s))
+        return labels[0][:, None] * (labels[1].max() + 1) + labels[1][None, :]
+
+    def may_read(self) -> Bool[Tensor, "windows T T"]:
+        """Inside each window, which key a query may read. Padded tokens read each other, so that no row is empty."""
+        labels = F.pad(self.regions() + 1, (0, self.padding[1], 0, self.padding[0]))
+        labels = core.partition_windows(
+            labels.roll((-self.roll[0], -self.roll[1]), dims=(0, 1))[None, :, :, None], self.window
+        )
+        return labels == labels.mT
+
+    def attend(
+        self,
+        q: Float[Tensor, "n h T d"],
+        k: Float[Tensor, "n h T d"],
+        v: Float[Tensor, "n h T d"],
+        table: Float[Tensor, "h I J"] | None,
+        scale: float,
+    ) -> Float[Tensor, "n h T d"]:
+        """DAT-2 inside every window, with B^(m) the table at the displacement of query and key."""
+        bias = None
+        if table is not None:
+            rows, cols = core.relative_index(self.window)
+            bias = table[None, :, rows, cols]  # (1, h, T, T)
+        if any(self.roll) or any(self.padding):
+            forbidden = ~self.may_read().to(q.device)
+            hidden = torch.zeros(forbidden.shape, dtype=q.dtype, device=q.device).masked_fill(forbidden, -torch.inf)
+            bias = hidden[:, None] if bias is None else bias + hidden[:, None]  # (windows, h, T, T)
+            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+        return core.dense_attention_torch(q, k, v, bias, scale)  # DAT-2
 
 
 def window_attention_torch(
@@ -116,26 +156,13 @@ def window_attention_torch(
     shift: tuple[int, int],
     scale: float,
 ) -> Float[Tensor, "B h L d"]:
-    """The same as dense attention inside each window of the padded, rolled map."""
-    B, H, W = q.shape[0], *shape
-    shift = tuple(shift_of(side, w, s) for side, w, s in zip(shape, window, shift, strict=True))
-    padding = core.padding_to(shape, window)
+    """Cut the maps into windows, attend in each, join them again."""
+    layout, h = Layout(shape, window, shift), q.shape[1]
     q, k, v = (
-        to_windows(rearrange(t, "B h (H W) d -> B h H W d", H=H), window, shift, padding).flatten(0, 1)
-        for t in (q, k, v)
-    )  # (B windows, h, T, d)
-    bias = None if table is None else window_bias(table, window)[None]
-    if any(shift) or any(padding):
-        forbidden = ~may_read(shape, window, shift, padding).to(q.device)
-        hidden = torch.zeros(forbidden.shape, dtype=q.dtype, device=q.device).masked_fill(forbidden, -torch.inf)
-        bias = hidden[:, None] if bias is None else bias + hidden[:, None]  # (windows, h, T, T)
-        bias = bias.expand(B, *bias.shape).flatten(0, 1)
-    z = core.dense_attention_torch(q, k, v, bias, scale)  # DAT-2
-    padded = (H + padding[0], W + padding[1])
-    z = core.merge_windows(z.unflatten(0, (B, -1)), window, padded)
-    if any(shift):
-        z = z.roll(shift, dims=(2, 3))
-    return rearrange(z[:, :, :H, :W], "B h H W d -> B h (H W) d")
+        rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v)
+    )
+    z = layout.attend(q, k, v, table, scale)
+    return core.split_heads(layout.join(rearrange(z, "n h T d -> n T (h d)")), h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,13 +226,13 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.table, std=0.01)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        shape = tuple(x.shape[1:3])
-        q, k, v = rearrange(self.qkv(x), "B H W (three h d) -> three B h (H W) d", three=3, h=self.heads)  # DAT-1
-        z = window_attention(q, k, v, self.table, shape, window=self.window, shift=self.shift)
+        # A linear map may be applied before or after the tokens are moved; cutting first moves a third of the numbers.
+        layout = Layout(tuple(x.shape[1:3]), (self.window, self.window), (self.shift, self.shift))
+        qkv = rearrange(self.qkv(layout.cut(x)), "n T (three h d) -> three n h T d", three=3, h=self.heads)  # DAT-1
+        z = layout.attend(*qkv, self.table, qkv.shape[-1] ** -0.5)
         if tracing.recording():
-            sides = ((self.window, self.window), (self.shift, self.shift))
-            tracing.keep(self, WindowRecord(q[0], k[0], v[0], z[0], self.table, shape, *sides))
-        return self.proj(core.merge_heads(z, shape))  # DAT-3
+            tracing.keep(self, WindowRecord.from_windows(*qkv, z, self.table, layout))
+        return layout.join(self.proj(rearrange(z, "n h T d -> n T (h d)")))  # DAT-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,24 +241,29 @@ class WindowAttention(nn.Module):
 
 
 class WindowRecord(tracing.Record):
-    """One window layer. q, k, v, z (h, H W, d); table (h, 2 wi - 1, 2 wj - 1); `window` and `shift` in cells."""
+    """One window layer. q, k, v, z (h, H W, d); table (h, 2 wi - 1, 2 wj - 1); `window` and `shift` in cells.
+
+    Exact, unless `padding_is_read`: timm's Swin lets its queries read the padding, which is no token of the image.
+    """
 
     kind = "window"
-    padding_is_read = False  # timm's Swin lets its queries read the padding, which is no token of the image
 
-    def __init__(self, q, k, v, z, table, query_shape, window, shift):
-        self.q, self.k, self.v, self.z, self.table = q, k, v, z, table
-        self.query_shape, self.heads, self.window, self.shift = query_shape, q.shape[0], window, shift
+    def __init__(self, q, k, v, z, table, layout: Layout, padding_is_read: bool = False):
+        self.q, self.k, self.v, self.z, self.table, self.layout = q, k, v, z, table.detach(), layout
+        self.query_shape, self.window, self.shift = layout.shape, layout.window, layout.roll
+        self.heads, self.exact = q.shape[0], not padding_is_read
 
-    @property
-    def exact(self) -> bool:
-        return not self.padding_is_read
+    @classmethod
+    def from_windows(cls, q, k, v, z, table, layout: Layout, **kw) -> "WindowRecord":
+        """The record of a layer's tensors as they lie in windows (n, h, T, d); the first image is kept."""
+        joined = (layout.join(rearrange(t, "n h T d -> n T (h d)"))[:1] for t in (q, k, v, z))
+        return cls(*(core.split_heads(t, q.shape[1])[0] for t in joined), table, layout, **kw)
 
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
         """Attention over the whole map; zero outside the window."""
         self.check_head(head)
         H, W = self.query_shape
-        labels = regions(self.query_shape, self.window, self.shift).flatten().to(self.q.device)
+        labels = self.layout.regions().flatten().to(self.q.device)
         i, j = torch.cartesian_prod(torch.arange(H), torch.arange(W)).reshape(-1, 2).T
         rows, cols = (
             (n[:, None] - n[None, :]).clamp(1 - w, w - 1) + w - 1 for n, w in zip((i, j), self.window, strict=True)
@@ -258,28 +290,18 @@ def record_timm_swin(block: nn.Module, keep) -> list:
     """Record timm's Swin. Its attention sees windows only: the block tells where they lie, `proj` gets the heads."""
     attention, seen = block.attn, {}
 
-    def as_maps(windows: Float[Tensor, "n h T d"], shape: tuple[int, int]) -> Float[Tensor, "h L d"]:
-        """Windows of one image back to row-major tokens."""
-        window, shift = tuple(block.window_size), tuple(block.shift_size)
-        padded = tuple(-(-side // w) * w for side, w in zip(shape, window, strict=True))
-        maps = core.merge_windows(windows[None], window, padded).roll(shift, dims=(2, 3))
-        return rearrange(maps[0, :, : shape[0], : shape[1]], "h H W d -> h (H W) d")
-
     def before_block(block: nn.Module, inputs: tuple) -> None:
-        seen["shape"] = tuple(inputs[0].shape[1:3])
+        seen["layout"] = Layout(tuple(inputs[0].shape[1:3]), tuple(block.window_size), tuple(block.shift_size))
 
     def before_projection(projection: nn.Module, inputs: tuple) -> None:
         seen["z"] = inputs[0]
 
     def after_attention(attention: nn.Module, inputs: tuple, output: Tensor) -> None:
-        shape, window, h = seen["shape"], tuple(block.window_size), attention.num_heads
+        layout, h = seen["layout"], attention.num_heads
         qkv = rearrange(attention.qkv(inputs[0]), "n T (three h d) -> three n h T d", three=3, h=h)
-        q, k, v = (as_maps(t, shape) for t in qkv)
-        z = as_maps(rearrange(seen["z"], "n T (h d) -> n h T d", h=h), shape)
-        table = rearrange(attention.relative_position_bias_table, "(I J) h -> h I J", I=2 * window[0] - 1)
-        record = WindowRecord(q, k, v, z, table, shape, window, tuple(block.shift_size))
-        record.padding_is_read = any(core.padding_to(shape, window))
-        keep(attention, record)
+        z = rearrange(seen["z"], "n T (h d) -> n h T d", h=h)
+        table = rearrange(attention.relative_position_bias_table, "(I J) h -> h I J", I=2 * layout.window[0] - 1)
+        keep(attention, WindowRecord.from_windows(*qkv, z, table, layout, padding_is_read=any(layout.padding)))
 
     return [
         block.register_forward_pre_hook(before_block),

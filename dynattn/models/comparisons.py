@@ -4,7 +4,7 @@ from torch import nn
 
 
 def swin_mini(*, img_size: int = 128, num_classes: int = 10, **kw) -> nn.Module:
-    """A small Swin Transformer (arXiv 2103.14030): strides 4, 8, 16, windows of 4 x 4, 1.0 M parameters.
+    """A small Swin Transformer (arXiv 2103.14030): strides 4, 8, 16, windows of 8 x 8, as deep and wide as dat_mini.
 
     Two convolutions embed the patches: in a few thousand steps the single one of the paper hardly learns.
     """
@@ -21,6 +21,6 @@ def swin_mini(*, img_size: int = 128, num_classes: int = 10, **kw) -> nn.Module:
                 nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1),
             )
 
-    size = {"patch_size": 4, "embed_dim": 32, "depths": (2, 2, 4), "num_heads": (1, 2, 4), "window_size": 4}
+    size = {"patch_size": 4, "embed_dim": 32, "depths": (2, 4, 4), "num_heads": (2, 4, 8), "window_size": 8}
     options = size | {"drop_path_rate": 0.05, "embed_layer": Stem} | kw
     return SwinTransformer(img_size=img_size, num_classes=num_classes, **options)
