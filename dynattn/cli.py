@@ -9,10 +9,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
+
+from . import __version__
 
 PAPERS = ("dat",)
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -113,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  dynattn lab         the notebooks\n\n"
         "`dynattn COMMAND --help` explains a command. DYNATTN_DEBUG=1 shows where an error came from.",
     )
-    parser.add_argument("--version", action="version", version=f"dynattn {installed_version()}")
+    parser.add_argument("--version", action="version", version=f"dynattn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     add_figures(commands)
     add_lab(commands)
@@ -256,10 +257,3 @@ def json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"drop_path\": 0.1}}', got {text!r}")
     return value
-
-
-def installed_version() -> str:
-    try:
-        return version("dynattn")
-    except PackageNotFoundError:
-        return "(not installed)"

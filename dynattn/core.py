@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,13 @@ def positive(name: str, value: object) -> int:
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def divisor(name: str, value: object, whole: int) -> int:
+    """`value` as an int; raises unless it is a whole number of at least 1 that divides `whole`."""
+    if whole % positive(name, value):
+        raise ValueError(f"{name}: expected a divisor of {whole}, got {value}")
     return value
 
 
@@ -292,19 +299,17 @@ def padding_to(shape: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, 
     return -shape[0] % multiple[0], -shape[1] % multiple[1]
 
 
-def pad_map(x: Float[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Float[Tensor, "*batch Hp Wp C"]:
+def pad_map(x: Num[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Num[Tensor, "*batch Hp Wp C"]:
     """Append zero rows and columns to a channels-last map; no copy when there is nothing to add."""
     return F.pad(x, (0, 0, 0, padding[1], 0, padding[0])) if any(padding) else x
 
 
-def partition_windows(x: Float[Tensor, "B H W C"], window: tuple[int, int]) -> Float[Tensor, "n T C"]:
+def partition_windows(x: Num[Tensor, "B H W C"], window: tuple[int, int]) -> Num[Tensor, "n T C"]:
     """Cut maps into windows of T = wi wj tokens, row-major, n = B windows; sides must be whole multiples."""
     return rearrange(x, "B (I wi) (J wj) C -> (B I J) (wi wj) C", wi=window[0], wj=window[1])
 
 
-def merge_windows(
-    x: Float[Tensor, "n T C"], window: tuple[int, int], shape: tuple[int, int]
-) -> Float[Tensor, "B H W C"]:
+def merge_windows(x: Num[Tensor, "n T C"], window: tuple[int, int], shape: tuple[int, int]) -> Num[Tensor, "B H W C"]:
     """The inverse of `partition_windows` for maps of `shape`."""
     I, J = shape[0] // window[0], shape[1] // window[1]  # noqa: E741  (rows and columns of windows)
     return rearrange(x, "(B I J) (wi wj) C -> B (I wi) (J wj) C", I=I, J=J, wi=window[0], wj=window[1])

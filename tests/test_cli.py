@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dynattn import cli
+from dynattn import __version__, cli
 
 COMMANDS = ("figures", "lab", "table", "train", "bench")
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "skimage", "sklearn", "accelerate", "numba")
@@ -72,7 +72,7 @@ def test_help_of_a_command(command, capsys):
 
 def test_version():
     answer = run("--version")
-    assert answer.returncode == 0 and answer.stdout.startswith("dynattn ")
+    assert (answer.returncode, answer.stdout) == (0, f"dynattn {__version__}\n")
 
 
 # ---------------------------------------------------------------------------------------------- options are passed on
@@ -123,7 +123,8 @@ def test_figures_offers_the_arguments_of_draw():
 
 
 def test_train_offers_the_arguments_of_train_and_the_fields_of_a_recipe():
-    training = pytest.importorskip("dynattn.training")
+    from dynattn import training
+
     recipe = {field.name: field.default for field in fields(training.Recipe) if field.name != "model"}
     assert_same_options("train", keywords(training.train) | recipe)
 

@@ -12,6 +12,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from rattler import MatchSpec
 
+from dynattn import __version__
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 METADATA = PROJECT["project"]
@@ -113,7 +115,7 @@ def test_citation_names_the_five_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
     assert citation["title"].startswith("dynattn") and citation["authors"] == [{"name": "the dynattn authors"}]
-    assert (str(citation["version"]), citation["license"]) == (METADATA["version"], METADATA["license"])
+    assert (str(citation["version"]), citation["license"]) == (__version__, METADATA["license"])
     first_authors = [paper["authors"][0]["family-names"] for paper in citation["references"]]
     assert first_authors == ["Xia", "BaoLong", "Ren", "Liu", "Zhang"]
     for paper in citation["references"]:

@@ -137,7 +137,7 @@ def _checked_tensor(tensor: Tensor) -> Float[Tensor, "1 3 H W"]:
     return x
 
 
-def _tensor_to_array(tensor: UInt8[Tensor, "C H W"]) -> UInt8[np.ndarray, "H W C"]:
+def _tensor_to_array(tensor: UInt8[Tensor, "..."]) -> UInt8[np.ndarray, "H W C"]:
     picture = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
     if picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
         raise ValueError(f"image: expected a uint8 tensor (C, H, W) with C = 1, 3 or 4, got {tuple(tensor.shape)}")
@@ -176,7 +176,7 @@ def _checked_pictures(images: Tensor) -> Tensor:
     return images
 
 
-def augment(images: UInt8[Tensor, "B 3 S S"], generator: torch.Generator) -> Float[Tensor, "B 3 S S"]:
+def augment(images: UInt8[Tensor, "B 3 H W"], generator: torch.Generator) -> Float[Tensor, "B 3 H W"]:
     """A normalised batch, each picture mirrored or not, moved, and with other channel gains and offsets.
 
     Moved by at most 5/64 of the side in each direction; what comes into the picture is its mirror image at the edge,

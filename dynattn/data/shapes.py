@@ -47,7 +47,7 @@ def _polygon(*points: tuple[float, float]) -> Points:
 
 def _ring(rng: Generator) -> Outline:
     inner = rng.uniform(0.5, 0.62)
-    return [(_ellipse(0, 0, 1, 1), True), (_ellipse(0, 0, inner, inner), False)]
+    return [(_ellipse(0.0, 0.0, 1.0, 1.0), True), (_ellipse(0.0, 0.0, inner, inner), False)]
 
 
 def _star(rng: Generator) -> Outline:
@@ -58,7 +58,7 @@ def _star(rng: Generator) -> Outline:
 
 def _cross(rng: Generator) -> Outline:
     w = rng.uniform(0.26, 0.36)
-    bar = _polygon((-1, -w), (1, -w), (1, w), (-1, w))
+    bar = _polygon((-1.0, -w), (1.0, -w), (1.0, w), (-1.0, w))
     return [(bar, True), (bar[:, ::-1], True)]
 
 
@@ -69,12 +69,12 @@ def _heart(rng: Generator) -> Outline:
 
 
 def _crescent(rng: Generator) -> Outline:
-    return [(_ellipse(0, 0, 1, 1), True), (_ellipse(rng.uniform(0.4, 0.52), 0, 0.84, 0.84), False)]
+    return [(_ellipse(0.0, 0.0, 1.0, 1.0), True), (_ellipse(rng.uniform(0.4, 0.52), 0.0, 0.84, 0.84), False)]
 
 
 def _arrow(rng: Generator) -> Outline:
     w, neck, barb = rng.uniform(0.17, 0.24), rng.uniform(-0.05, 0.15), rng.uniform(0.6, 0.75)
-    return [(_polygon((-1, -w), (neck, -w), (neck, -barb), (1, 0), (neck, barb), (neck, w), (-1, w)), True)]
+    return [(_polygon((-1.0, -w), (neck, -w), (neck, -barb), (1.0, 0.0), (neck, barb), (neck, w), (-1.0, w)), True)]
 
 
 def _fish(rng: Generator) -> Outline:
@@ -82,7 +82,7 @@ def _fish(rng: Generator) -> Outline:
     belly = rng.uniform(0.42, 0.52) * np.sin(np.pi * ((x + 0.75) / 1.75)) ** 0.8
     body = np.concatenate([np.stack([x, -belly], 1), np.stack([x, belly], 1)[::-1]])
     fork = rng.uniform(0.42, 0.55)
-    tail = _polygon((-0.5, 0), (-1.1, -fork), (-0.92, 0), (-1.1, fork))
+    tail = _polygon((-0.5, 0.0), (-1.1, -fork), (-0.92, 0.0), (-1.1, fork))
     fin = _polygon((0.35, -0.35), (-0.25, -0.72), (-0.3, -0.3))
     return [(body, True), (tail, True), (fin, True)]
 
@@ -101,7 +101,7 @@ def _bird(rng: Generator) -> Outline:
 def _tree(rng: Generator) -> Outline:
     w = rng.uniform(0.6, 0.75)
     crowns = [(-1.0, -0.25, 0.62 * w), (-0.62, 0.2, 0.82 * w), (-0.2, 0.7, w)]
-    return [(_polygon((0, top), (half, foot), (-half, foot)), True) for top, foot, half in crowns] + [
+    return [(_polygon((0.0, top), (half, foot), (-half, foot)), True) for top, foot, half in crowns] + [
         (_polygon((-0.13, 0.6), (0.13, 0.6), (0.13, 1.0), (-0.13, 1.0)), True)
     ]
 
@@ -112,9 +112,9 @@ def _cat(rng: Generator) -> Outline:
     arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     tail = np.concatenate([0.56 * arc, 0.38 * arc[::-1]]) + (0.45, 0.42)
     return [
-        (_ellipse(0, 0.45, 0.46, 0.56), True),
+        (_ellipse(0.0, 0.45, 0.46, 0.56), True),
         (_polygon((-0.42, 0.98), (-0.44, 0.5), (0.44, 0.5), (0.42, 0.98)), True),
-        (_ellipse(0, -0.36, 0.4, 0.36), True),
+        (_ellipse(0.0, -0.36, 0.4, 0.36), True),
         (_polygon((-0.4, -0.38), (-0.4, -ear), (-0.06, -0.62)), True),
         (_polygon((0.4, -0.38), (0.4, -ear), (0.06, -0.62)), True),
         (tail, True),
@@ -174,9 +174,8 @@ def _silhouette(name: str, area: float, rng: Generator) -> Outline:
             return placed
 
 
-def _extent(outline: Outline) -> tuple[Float[np.ndarray, " 2"], Float[np.ndarray, " 2"]]:
-    points = np.concatenate([polygon for polygon, ink in outline if ink])
-    return points.min(0), points.max(0)
+def _points(outline: Outline) -> Points:
+    return np.concatenate([polygon for polygon, ink in outline if ink])
 
 
 def _smooth(outline: Outline, size: int) -> Image.Image:
@@ -247,7 +246,8 @@ def _contrasting(colour: Colour, saturation: tuple[float, float], least: float, 
 def _gradient(first: Colour, second: Colour, turn: float, outline: Outline, size: int) -> Image.Image:
     """From one colour to the other across the object, in the direction `turn`."""
     across = np.array([np.cos(turn), np.sin(turn)])
-    low, high = _extent([(polygon @ across[:, None], ink) for polygon, ink in outline])
+    along = _points(outline) @ across
+    low, high = along.min(), along.max()
     centre = (np.arange(size) + 0.5) / size
     ramp = np.clip((centre * across[0] + (centre * across[1])[:, None] - low) / (high - low), 0, 1)
     return Image.fromarray((first + ramp[..., None] * (second - first)).round().astype(np.uint8))
@@ -299,10 +299,13 @@ def _cluttered(outline: Outline, name: str, split: str, size: int, rng: Generato
 
 def _fragment(outline: Outline, rng: Generator) -> Outline:
     """About half of a silhouette: the rest is cut off by a straight line."""
-    low, high = _extent(outline)
+    points = _points(outline)
+    low, high = points.min(0), points.max(0)
     while True:
         middle = (low + high) / 2 + rng.uniform(-0.1, 0.1, 2) * (high - low)
-        half = _polygon((-2, 0), (2, 0), (2, 4), (-2, 4)) @ _rotation(rng.uniform(0, 2 * np.pi)) + middle
+        half = (
+            _polygon((-2.0, 0.0), (2.0, 0.0), (2.0, 4.0), (-2.0, 4.0)) @ _rotation(rng.uniform(0, 2 * np.pi)) + middle
+        )
         fragment = [*outline, (half, False)]
         if _share(_draw(fragment, SKETCH)) >= LEAST_FRAGMENT:
             return fragment

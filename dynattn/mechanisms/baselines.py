@@ -17,14 +17,13 @@ class SpatialReductionAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, ratio: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads, self.ratio = heads, core.positive("ratio", ratio)
+        self.dim, self.heads, self.ratio = dim, core.divisor("heads", heads, dim), core.positive("ratio", ratio)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.reduce = nn.Conv2d(dim, dim, ratio, ratio)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
         shape = tuple(x.shape[1:3])
         padded = core.pad_map(x, core.padding_to(shape, (self.ratio, self.ratio)))
         reduced = self.reduce(rearrange(padded, "B H W C -> B C H W"))

@@ -17,6 +17,7 @@ Cost (DAT-10), N_s points, k the kernel of the offset network:
     Omega = 2 HW N_s C + 2 HW C^2 + 2 N_s C^2  +  (k^2 + 2) N_s C
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -194,15 +195,18 @@ class DeformableAttention(nn.Module):
         clamp: bool = False,
     ):
         super().__init__()
-        for name, value, whole in (("heads", heads, dim), ("groups", groups, heads)):
-            if whole % core.positive(name, value):
-                raise ValueError(f"{name}: expected a divisor of {whole}, got {value}")
+        core.divisor("heads", heads, dim)
+        core.divisor("groups", groups, heads)
+        core.positive("stride", stride)
+        if core.positive("kernel", kernel) % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number, got {kernel}")  # an even one has no centre to pad around
         core.one_of("position_bias", position_bias, ("relative", "fixed", "dwconv", None))
         core.one_of("reference", reference, ("centre", "corner"))
         core.one_of("offset_unit", offset_unit, ("half_cell", "cell"))
-        if offset_range < 0:
-            raise ValueError(f"offset_range: expected 0 or more, got {offset_range}")
-        self.heads, self.groups, self.stride, self.map_size = heads, groups, stride, tuple(map_size)
+        if not 0 <= offset_range < math.inf:
+            raise ValueError(f"offset_range: expected a finite number of at least 0, got {offset_range}")
+        self.heads, self.groups, self.stride = heads, groups, stride
+        self.dim, self.map_size = dim, core.pair("map_size", map_size)
         self.offset_range, self.offsets, self.position_bias = offset_range, offsets, position_bias
         self.reference, self.offset_unit, self.clamp = reference, offset_unit, clamp
 
@@ -211,19 +215,21 @@ class DeformableAttention(nn.Module):
         if position_bias == "dwconv":
             self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         elif position_bias is not None:
-            H, W = map_size
+            H, W = self.map_size
             relative = position_bias == "relative"
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
             trunc_normal_(self.table, std=0.01)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
         shape = tuple(x.shape[1:3])
         q = self.q(x)  # DAT-6
         sampled, points, references = self.sample(x, q)
-        heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads)  # noqa: E731
+        # Under autocast the linear maps answer in less precision than positions have; elsewhere `to` does nothing.
+        heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads).to(points.dtype)  # noqa: E731
         k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
-        q_heads, table = core.split_heads(q, self.heads), self.table_for(shape, points.dtype)
+        q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
         if self.position_bias == "fixed":
             z = core.dense_attention_torch(q_heads, k, v, table, k.shape[-1] ** -0.5)
         else:

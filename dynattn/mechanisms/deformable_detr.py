@@ -90,9 +90,7 @@ class DeformableDetrAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, points: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads, self.points = heads, core.positive("points", points)
+        self.dim, self.heads, self.points = dim, core.divisor("heads", heads, dim), core.positive("points", points)
         self.offset = nn.Linear(dim, heads * points * 2)
         self.attention = nn.Linear(dim, heads * points)
         self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -105,12 +103,14 @@ class DeformableDetrAttention(nn.Module):
             self.offset.bias.copy_(ray.flatten())
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
         H, W = shape = tuple(x.shape[1:3])
         v = rearrange(self.v(x), "B H W (h d) -> B h d H W", h=self.heads)
         offsets = rearrange(self.offset(x), "B H W (h K two) -> B h (H W) K two", h=self.heads, two=2)
         cell = x.new_tensor([2 / max(H - 1, 1), 2 / max(W - 1, 1)])
         points = core.grid_points(shape, "corner", x)[:, None] + offsets * cell  # p_q + Delta p_qk
         weights = rearrange(self.attention(x), "B H W (h K) -> B h (H W) K", h=self.heads).softmax(dim=-1)
+        v, weights = v.to(points.dtype), weights.to(points.dtype)  # autocast lowers linear maps, but no position
         z = detr_attention(v, points, weights)  # DAT-11
         if tracing.recording():
             tracing.keep(self, DeformableDetrRecord(v[0], points[0], weights[0], z[0], shape))

@@ -9,7 +9,6 @@ round differently, and CUDA adds the gradients of bilinear samples in any order.
 import json
 import math
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import weights
+from .. import __version__, create_model, weights
 from ..data import CLASSES, Shapes, augment, cached, normalise
 from . import checkpoints
 from .recipes import Recipe, command, conditions, get_recipe
@@ -49,8 +48,6 @@ def train(
     Raises: ValueError, TypeError for a wrong recipe or the folder of another run; FloatingPointError on divergence.
     """
     recipe = get_recipe(name, **changes)
-    from .. import create_model
-
     out = Path(out or Path("runs", name, f"seed{seed}"))
     arguments = {"img_size": recipe.size, "num_classes": len(CLASSES), **recipe.model_options}
     with torch.random.fork_rng():
@@ -199,7 +196,7 @@ def export(model: nn.Module, file: str | Path, test_set: Photographs, metadata: 
     }
     model.load_state_dict(state)
     accuracy, loss = evaluate(model, *test_set)
-    metadata = {**metadata, "accuracy": accuracy, "loss": loss, "torch": torch.__version__, "dynattn": own_version()}
+    metadata = {**metadata, "accuracy": accuracy, "loss": loss, "torch": torch.__version__, "dynattn": __version__}
     weights.write(file, state, metadata)
     return metadata
 
@@ -208,13 +205,6 @@ def make_accelerator() -> Accelerator:
     """Where the run takes place: all of accelerate's, mixed precision on CUDA only (slower on a CPU)."""
     cuda = torch.cuda.is_available()
     return Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
-
-
-def own_version() -> str:
-    try:
-        return version("dynattn")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def mix(*numbers: int) -> int:
