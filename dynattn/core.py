@@ -122,7 +122,7 @@ def implementation(operation: str, impl: str, forms: Mapping[str, Callable]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def axis(n: int, grid: str, like: Tensor) -> Float[Tensor, "n"]:
+def axis(n: int, grid: str, like: Tensor) -> Float[Tensor, " n"]:
     """n evenly spaced normalised positions: "corner" from -1 to +1, "centre" (2i + 1) / n - 1, half a cell inside.
 
     A single position is 0 either way.

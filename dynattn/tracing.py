@@ -8,7 +8,9 @@ and in the image. Models of timm are recorded through adapters, which mechanisms
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import ceil
+from pkgutil import iter_modules
 
 import torch
 from jaxtyping import Float
@@ -203,6 +205,17 @@ class Trace:
         return spread(heat.reshape(shape), tuple(self.image.shape[-2:]), stride)
 
 
+def _is_normalised(image: object) -> bool:
+    """Whether an image is a tensor that is taken as it is, and no picture."""
+    return isinstance(image, Tensor) and image.is_floating_point()
+
+
+def _input_size(model: nn.Module) -> int | tuple[int, int] | None:
+    """The size that pictures are brought to: ours in `img_size`, timm's in `default_cfg`; None keeps the picture's."""
+    size = getattr(model, "img_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, None))[1:]
+    return size if isinstance(size, int) or (size and all(size)) else None
+
+
 def _stage_strides(model: nn.Module) -> dict[str, float]:
     """The stride of each stage by the path of its module, as timm's `feature_info` tells it."""
     info = getattr(model, "feature_info", None) or []
@@ -220,23 +233,41 @@ def _place(record: Record, name: str, image_shape: tuple[int, int], strides: dic
     record.stride = (stride, stride) if known else (image_shape[0] / H, image_shape[1] / W)
 
 
+def _load_adapters() -> None:
+    """Import every mechanism, whatever there is: each registers its adapters when it is imported."""
+    for file in iter_modules(import_module("dynattn.mechanisms").__path__, "dynattn.mechanisms."):
+        import_module(file.name)
+
+
 @contextmanager
 def _hooks(model: nn.Module, keeper: Callable) -> Iterator[None]:
     """Everything that makes the modules of a model report, removed again whatever happens."""
     handles = []
-    for module in model.modules():
-        for base in type(module).__mro__:
-            attach = _adapters.get(f"{base.__module__}.{base.__qualname__}")
+    try:
+        for module in model.modules():
+            paths = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+            attach = next((_adapters[path] for path in paths if path in _adapters), None)
             if attach is not None:
                 handles += attach(module, keeper)
-                break
-    _keepers.append(keeper)
+        _keepers.append(keeper)
+        yield
+    finally:
+        if keeper in _keepers:
+            _keepers.remove(keeper)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and back in its own afterwards: a frozen layer of a training model stays frozen."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:
-        _keepers.remove(keeper)
-        for handle in handles:
-            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
 
 
 @torch.no_grad()
@@ -251,10 +282,10 @@ def trace(model: nn.Module, image: object) -> Trace:
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
-    size = getattr(model, "img_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, None))[1:]
-    x = to_input(image, size if isinstance(size, int) or (size and all(size)) else None)
-    parameter = next(model.parameters())
+    x = to_input(image, None if _is_normalised(image) else _input_size(model))
+    parameter = next(model.parameters(), x)
     x = x.to(parameter.device, parameter.dtype)
+    _load_adapters()
     names = {module: name for name, module in model.named_modules()}
     records: dict[str, Record] = {}
     strides = _stage_strides(model)
@@ -265,11 +296,6 @@ def trace(model: nn.Module, image: object) -> Trace:
             _place(record, name, tuple(x.shape[-2:]), strides)
             records[name] = record
 
-    training = model.training
-    model.eval()
-    try:
-        with _hooks(model, keeper):
-            logits = model(x)
-    finally:
-        model.train(training)
+    with _evaluating(model), _hooks(model, keeper):
+        logits = model(x)
     return Trace(x[0].float().cpu(), logits[0], records)

@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from .photographs import SPLITS, photograph, photographs
 
 LEVELS = ("easy", "cluttered")
-VERSION = 1  # goes up whenever an item looks different: caches of other versions are not used
+VERSION = 2  # goes up whenever an item looks different: caches of other versions are not used
 
 SKETCH = 64  # what depends on pixels is decided on a sketch of this side: `size` changes the resolution, not the scene
 SUPERSAMPLE = 3
 PHOTO_SIDE = 256  # photographs are kept at this shorter side: a crop of half of it fills 128 pixels
-AREA = (0.08, 0.18)  # of the whole object, as a share of the image
-VISIBLE = 0.6  # the least share of the object inside the frame
+AREA = (0.09, 0.18)  # of the whole object, as a share of the image
+VISIBLE = 0.75  # the least share of the object inside the frame
 FRAGMENT_AREA, LEAST_FRAGMENT = (0.03, 0.09), 0.01  # of a distractor, whole; and what must be left of it in the frame
 
 Points = Float[np.ndarray, "_ 2"]  # (x, y)
@@ -128,15 +128,15 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     "ring": _Kind(_ring, 180),
-    "star": _Kind(_star, 180),
-    "cross": _Kind(_cross, 180),
-    "heart": _Kind(_heart, 50),
-    "crescent": _Kind(_crescent, 180),
-    "arrow": _Kind(_arrow, 180),
-    "fish": _Kind(_fish, 50),
-    "bird": _Kind(_bird, 35),
-    "tree": _Kind(_tree, 30),
-    "cat": _Kind(_cat, 25),
+    "star": _Kind(_star, 25),
+    "cross": _Kind(_cross, 20),
+    "heart": _Kind(_heart, 20),
+    "crescent": _Kind(_crescent, 30),
+    "arrow": _Kind(_arrow, 30),
+    "fish": _Kind(_fish, 20),
+    "bird": _Kind(_bird, 15),
+    "tree": _Kind(_tree, 12),
+    "cat": _Kind(_cat, 12),
 }
 CLASSES = tuple(_KINDS)
 
@@ -270,13 +270,10 @@ def _behind(background: _Patch, outline: Outline) -> Colour:
 
 
 def _easy(outline: Outline, split: str, size: int, rng: Generator) -> tuple[Image.Image, Image.Image]:
-    """Blurred background, and the object's bright colours: every third time a photograph's texture."""
+    """Blurred background, and the object in bright colours, one or two of them."""
     background = _patch(split, rng)
-    colour = _contrasting(_behind(background, outline), (0.55, 0.95), 150.0, rng)
-    if rng.uniform() < 1 / 3:
-        fill = _textured(_patch(split, rng), colour, size)
-    else:
-        fill = _gradient(colour, colour * rng.uniform(0.55, 1.0), rng.uniform(0, 2 * np.pi), outline, size)
+    colour = _contrasting(_behind(background, outline), (0.55, 0.95), 170.0, rng)
+    fill = _gradient(colour, colour * rng.uniform(0.7, 1.0), rng.uniform(0, 2 * np.pi), outline, size)
     blur = ImageFilter.GaussianBlur(rng.uniform(0.02, 0.045) * size)
     return _develop(background, size).filter(blur), fill
 
@@ -328,7 +325,7 @@ def render(level: str, split: str, size: int, seed: int, index: int) -> tuple[np
 class Shapes(Dataset):
     """Ten classes of silhouettes before photographs: item i -> (image uint8 (3, S, S), label, mask bool (S, S)).
 
-    `level`: "easy" (a coloured or textured object before a blurred photograph) or "cluttered" (a textured object
+    `level`: "easy" (a brightly coloured object before a blurred photograph) or "cluttered" (a textured object
     before a sharp photograph, among four to seven fragments of other silhouettes). `split`: "train" or "test", of
     different photographs. `size`: the side in pixels, at least 32. `count`: the number of items. `seed`: >= 0.
     Objects stand anywhere, also partly outside the frame. An item is a function of level, split, size, seed and i.

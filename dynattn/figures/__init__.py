@@ -1,0 +1,73 @@
+"""The papers' figures, drawn from trained models, each with its conditions and with what chance would give.
+
+`draw` makes those of a paper; a figure is a function of the paper's file here (`dat.py`), its measures are in
+`measures.py`, its looks in `style.py`.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dynattn import core
+
+from . import dat, gallery
+from .subjects import Setting, load_subject
+
+FIGURES = {"dat": dat.PLANS}  # by paper and number
+
+
+def draw(
+    paper: str = "dat",
+    only: Sequence[int] | None = None,
+    image: Any = None,
+    weights: str | PathLike | None = None,
+    model: str | None = None,
+    out: str | PathLike = Path("figures"),
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Draw a paper's figures into the folder `out`, print what they measure, and return an entry for each.
+
+    only: numbers of figures (None: all that the other arguments allow). image: a photograph of one's own, anything that
+    `read_image` takes; there is no mask of it, so nothing is measured against an object, and figure 4, which is
+    measured on many images, is left out. weights: any checkpoint of the paper's models, published (.pth) or ours
+    (.safetensors); figure 4, which has checkpoints of its own, is left out. model: the name of a model that ships
+    trained, or the one that `weights` must hold. seed: of the random networks.
+    An entry is what conditions.json has of a figure: file, caption, weights, images, measures with their nulls, versions.
+    Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay.
+    Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
+    """
+    core.one_of("paper", paper, tuple(FIGURES))
+    plans = FIGURES[paper]
+    setting = Setting(load_subject(weights, model), image, core.positive("seed + 1", seed + 1) - 1)
+    numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
+    setting.check()
+    networks = {network for number in numbers for network in plans[number].networks(setting)}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    entries = []
+    with tqdm(total=len(networks) * setting.count + len(numbers), unit="image", disable=not progress) as setting.bar:
+        for number in numbers:
+            setting.bar.set_description(f"figure {number}")
+            drawing = plans[number].draw(setting)
+            entries.append(gallery.entry(paper, number, plans[number], drawing, setting))
+            gallery.write(out, entries[-1], drawing.figure)
+            setting.bar.update()
+    print(gallery.table(entries, out))
+    return entries
+
+
+def chosen(plans: dict[int, Any], only: Sequence[int] | None, has_image: bool, has_weights: bool) -> list[int]:
+    """The figures to draw, in order. Raises ValueError for one that does not exist or does not go with the rest."""
+    reason = "an image" if has_image else "weights or a model" if has_weights else None
+    if only is None:
+        return [number for number in plans if not (reason and plans[number].of_many)]
+    if unknown := sorted(set(only) - set(plans)):
+        raise ValueError(f"only: expected figures of {', '.join(map(str, plans))}, got {', '.join(map(str, unknown))}")
+    if reason and (fixed := [number for number in only if plans[number].of_many]):
+        raise ValueError(f"only: figure {fixed[0]} compares shipped models on the test images; it takes no {reason}")
+    return sorted(set(only))

@@ -65,6 +65,13 @@ def move(record: Record) -> float:
     return float((points - record.references_xy()).norm(dim=-1).mean())
 
 
+def reach(record: Record) -> float:
+    """Mean distance in image pixels from a query to what it reads, weighted by its attention."""
+    distances = [torch.cdist(record.cells(), positions(record, m)) for m in range(record.heads)]
+    weights = [record.weights(m)[:, : distance.shape[1]] for m, distance in enumerate(distances)]
+    return float(torch.stack([(w * d).sum(dim=1).mean() for w, d in zip(weights, distances, strict=True)]).mean())
+
+
 # -------------------------------------------------------------------------------------------------- of a whole network
 
 
@@ -96,9 +103,8 @@ def propagate(t: Trace) -> dict[str, Float[Tensor, "G N"]]:
     return dict(reversed(scores.items()))
 
 
-def propagated_share(t: Trace, mask: Float[Tensor, "H W"]) -> float:
-    """Share of all propagated scores whose points lie on the object; every deformable layer counts alike."""
-    scores = propagate(t)
+def propagated_share(t: Trace, scores: dict[str, Float[Tensor, "G N"]], mask: Float[Tensor, "H W"]) -> float:
+    """Share of the scores of `propagate` whose points lie on the object; every deformable layer counts alike."""
     shares = [
         sum(under(mask, t[name].points_xy(g)) @ score[g] for g in range(len(score))) for name, score in scores.items()
     ]
@@ -113,6 +119,28 @@ def others(masks: Bool[Tensor, "n H W"], i: int) -> Float[Tensor, "H W"]:
     return (masks.float().sum(dim=0) - masks[i].float()) / (len(masks) - 1)
 
 
+def measure_image(
+    t: Trace, records: Sequence[Record], mask: Float[Tensor, "H W"], other: Float[Tensor, "H W"]
+) -> dict[tuple[str, str], float]:
+    """All measures of one image by (layer, measure); layer "" stands for the network: the mean over its layers."""
+    values = {}
+    for record in records:
+        shares = {"attention": attention_share}
+        if is_deformable(record):
+            shares |= {"points": points_share, "references": references_share}
+            values[record.name, "move"] = move(record)
+        for measure, share in shares.items():
+            values[record.name, measure] = share(record, mask)
+            values[record.name, measure + "_other"] = share(record, other)
+    if t.of_kind("deformable"):
+        scores = propagate(t)
+        values["", "propagated"] = propagated_share(t, scores, mask)
+        values["", "propagated_other"] = propagated_share(t, scores, other)
+    for measure in {measure for _, measure in values} - {"propagated", "propagated_other"}:
+        values["", measure] = float(np.mean([value for (_, kind), value in values.items() if kind == measure]))
+    return values
+
+
 def evaluate_points(
     model: nn.Module,
     images: UInt8[np.ndarray, "n 3 H W"],
@@ -120,56 +148,47 @@ def evaluate_points(
     labels: Int[np.ndarray, " n"] | None = None,
     *,
     layers: Sequence[str] | None = None,
-    progress: bool = False,
+    bar: tqdm | None = None,
 ) -> dict:
     """How well the layers of a model find the object, over a set of images with masks.
 
-    layers: names, or None for all deformable ones. Returns
+    layers: names, or None for all deformable ones. bar: gets an update for each image. Returns
 
         n, area        how many images; the mean share of an image that the object covers
         accuracy       with `labels`
-        propagated     share of figure 5's scores on the object, and _other, _se as below; with deformable layers only
-        layers         by name: points, references, attention (shares; the first two for deformable layers), move;
-                       each with _other, the same under the masks of the other images; points_ratio and
-                       attention_ratio, own / other; points_se and attention_se, standard errors over the images
-        best           the name of the layer with the largest points_ratio (or attention_ratio, without points)
+        propagated     share of figure 5's scores on the object (where there are deformable layers)
+        attention, points, references, move    means over the layers; the last three of deformable layers only
+        layers         the same of each layer, by name
+        best           the name of the layer with the largest points_ratio (attention_ratio, where there are no points)
 
-    Raises ValueError where images and masks do not fit together or a layer is not there.
+    and with every share X: X_other, the same under the masks of the other images; X_ratio, own / other; X_se, the
+    standard error of its mean over the images.
+    Raises ValueError where images and masks do not fit together, KeyError for a layer that is not there.
     """
     if len(images) != len(masks) or len(images) < 2 or images.shape[-2:] != masks.shape[-2:]:
         raise ValueError(f"masks: expected one for each of at least 2 images {images.shape}, got {masks.shape}")
     images, masks = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(masks))
-    rows: dict[tuple[str, str], list[float]] = {}
-    correct = 0
-    for i in tqdm(range(len(images)), desc="measuring", unit="image", disable=not progress, leave=False):
+    rows, correct = [], 0
+    for i in range(len(images)):
         t = trace(model, normalise(images[i]))
-        correct += labels is not None and int(t.logits.argmax()) == labels[i]
-        chosen = [t[name] for name in layers] if layers is not None else t.of_kind("deformable")
-        for suffix, mask in (("", masks[i].float()), ("_other", others(masks, i))):
-            for record in chosen:
-                rows.setdefault((record.name, "attention" + suffix), []).append(attention_share(record, mask))
-                if is_deformable(record):
-                    rows.setdefault((record.name, "points" + suffix), []).append(points_share(record, mask))
-                    rows.setdefault((record.name, "references" + suffix), []).append(references_share(record, mask))
-            if t.of_kind("deformable"):
-                rows.setdefault(("", "propagated" + suffix), []).append(propagated_share(t, mask))
-        for record in filter(is_deformable, chosen):
-            rows.setdefault((record.name, "move"), []).append(move(record))
+        records = [t[name] for name in layers] if layers is not None else t.of_kind("deformable")
+        rows.append(measure_image(t, records, masks[i].float(), others(masks, i)))
+        correct += labels is not None and int(t.logits.argmax()) == int(labels[i])
+        if bar is not None:
+            bar.update()
 
-    result = {"n": len(images), "area": float(masks.float().mean())}
+    result: dict = {"n": len(images), "area": float(masks.float().mean()), "layers": {}}
     if labels is not None:
         result["accuracy"] = correct / len(images)
-    result["layers"] = {}
-    for (name, measure), values in rows.items():
+    for name, measure in rows[0]:
         place = result["layers"].setdefault(name, {}) if name else result
-        place[measure] = float(np.mean(values))
-        if measure in ("points", "attention", "propagated"):
-            place[measure + "_se"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    for layer in result["layers"].values():
-        for measure in ("points", "attention"):
-            if measure in layer:
-                layer[measure + "_ratio"] = layer[measure] / max(layer[measure + "_other"], 1e-9)
-    by = "points_ratio" if any("points_ratio" in layer for layer in result["layers"].values()) else "attention_ratio"
-    if result["layers"]:
-        result["best"] = max(result["layers"], key=lambda name: result["layers"][name].get(by, 0.0))
+        values = np.array([row[name, measure] for row in rows])
+        place[measure] = float(values.mean())
+        if (name, measure + "_other") in rows[0]:
+            place[measure + "_se"] = float(values.std(ddof=1) / len(values) ** 0.5)
+            other = float(np.mean([row[name, measure + "_other"] for row in rows]))
+            place[measure + "_ratio"] = place[measure] / other if other else float("nan")
+    ratios = {name: layer.get("points_ratio", layer["attention_ratio"]) for name, layer in result["layers"].items()}
+    if ratios:
+        result["best"] = max(ratios, key=ratios.get)
     return result

@@ -6,6 +6,7 @@ that it stands out from any photograph. Sizes are in inches and points of a shee
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -15,56 +16,87 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 ORANGE, BLUE, GREEN, RED, INK, PAPER = "#F28E00", "#38A8F0", "#009E73", "#E8112D", "#222222", "white"
 GROUPS = (ORANGE, BLUE)  # of offset groups
 WIDTH = 12.0
 DPI = 200
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
-GAP = 0.1
-HALO = [patheffects.withStroke(linewidth=2.6, foreground=INK, alpha=0.75)]
+GAP, EDGE, KEY, STRIP = 0.1, 0.2, 0.5, 1.75  # inches: between panels, at the rim, of the key, of a plot
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A figure, its rows x columns panels, the plots under them, and how high its key stands."""
+
+    figure: Figure
+    panels: np.ndarray
+    plots: list[Axes]
+    key_height: float
 
 
 def sheet(
-    rows: int, columns: int, title: str, caption: str, *, row_labels: Sequence[str] = (), aspect: float = 1.0
-) -> tuple[Figure, np.ndarray]:
-    """A figure with a title, a caption at its foot and rows x columns empty panels; `aspect` is height over width."""
-    left = 0.62 if row_labels else 0.15
-    panel = min((WIDTH - left - 0.15 - GAP * (columns - 1)) / columns, 6.0 / aspect)
-    lines = textwrap.wrap(caption, 138, break_on_hyphens=False)
-    head, key, foot = 0.62, 0.42, 0.22 + 0.2 * len(lines)
-    height = head + rows * panel * aspect + GAP * (rows - 1) + key + foot
+    rows: int,
+    columns: int,
+    title: str,
+    caption: str,
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    aspect: float = 1.0,
+    strips: int = 0,
+) -> Sheet:
+    """An empty sheet of rows x columns panels; `aspect` is a panel's height over its width.
+
+    strips: plots under the panels, as wide as all of them, whose x is the number of the column.
+    """
+    wrapped = textwrap.wrap(caption, 132, break_on_hyphens=False)
+    left = 0.85 if strips else 0.7 if row_labels else EDGE
+    panel = min((WIDTH - left - EDGE - GAP * (columns - 1)) / columns, 6.0 / aspect)
+    panels = columns * panel + (columns - 1) * GAP
+    left += (WIDTH - left - EDGE - panels) / 2
+    head = 0.7 + 0.35 * bool(column_labels)
+    foot = EDGE + 0.205 * len(wrapped)
+    grid = rows * panel * aspect + (rows - 1) * GAP
+    height = head + grid + strips * STRIP + 0.15 * bool(strips) + KEY + foot
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
-    left += (WIDTH - left - 0.15 - GAP * (columns - 1) - panel * columns) / 2
-    axes = np.empty((rows, columns), dtype=object)
-    for i in range(rows):
-        bottom = height - head - (i + 1) * panel * aspect - i * GAP
-        for j in range(columns):
-            box = (left + j * (panel + GAP), bottom, panel, panel * aspect)
-            axes[i, j] = figure.add_axes([box[0] / WIDTH, box[1] / height, box[2] / WIDTH, box[3] / height])
-        if row_labels:
-            middle = (bottom + panel * aspect / 2) / height
-            figure.text(
-                (left - 0.14) / WIDTH, middle, row_labels[i],
-                rotation=90, ha="right", va="center", ma="center", fontsize=LABEL, color=INK, linespacing=1.15,
-            )  # fmt: skip
-    figure.text(left / WIDTH, 1 - 0.2 / height, title, ha="left", va="top", fontsize=TITLE, color=INK, weight="bold")
-    figure.text(
-        0.15 / WIDTH, 0.12 / height, "\n".join(lines), ha="left", va="bottom", fontsize=SMALL, color="#444444",
-        linespacing=1.25,
-    )  # fmt: skip
-    figure.key_height = (foot + key / 2) / height  # where `key` puts the legend
-    return figure, axes
+
+    def axes(x: float, top: float, width: float, tall: float) -> Axes:
+        """Axes at inches from the left and from the top."""
+        return figure.add_axes([x / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height])
+
+    def words(x: float, top: float, text: str, **options) -> None:
+        """Text at inches from the left and from the top."""
+        figure.text(x / WIDTH, 1 - top / height, text, **{"color": INK, "fontsize": LABEL} | options)
+
+    words(left, 0.22, title, ha="left", va="top", fontsize=TITLE, weight="bold")
+    words(EDGE, height - foot + 0.02, "\n".join(wrapped), ha="left", va="top", fontsize=SMALL, color="#444444")
+    x = [left + j * (panel + GAP) for j in range(columns)]
+    y = [head + i * (panel * aspect + GAP) for i in range(rows)]
+    for j, text in enumerate(column_labels):
+        words(x[j] + panel / 2, head - 0.09, text, ha="center", va="bottom")
+    for i, text in enumerate(row_labels):
+        place = dict(rotation=90, ha="right", va="center", multialignment="center")
+        words(left - 0.1, y[i] + panel * aspect / 2, text, **place)
+    grid_axes = np.array([[axes(x[j], y[i], panel, panel * aspect) for j in range(columns)] for i in range(rows)])
+    margin = 0.5 * panel / (panel + GAP)
+    plots = [axes(left, head + grid + 0.15 + i * STRIP, panels, STRIP - 0.3) for i in range(strips)]
+    for plot in plots:
+        plot.set_xlim(-margin, columns - 1 + margin)
+        plot.spines[["top", "right"]].set_visible(False)
+        plot.tick_params(labelsize=SMALL + 1, colors=INK)
+    return Sheet(figure, grid_axes, plots, 1 - (height - foot - KEY / 2 - 0.05) / height)
 
 
-def key(figure: Figure, marks: Sequence[tuple[Line2D, str]]) -> None:
+def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]]) -> None:
     """What the marks mean, in one line between panels and caption."""
-    figure.legend(
+    sheet.figure.legend(
         [mark for mark, _ in marks],
         [text for _, text in marks],
         loc="center",
-        bbox_to_anchor=(0.5, figure.key_height),
+        bbox_to_anchor=(0.5, sheet.key_height),
         ncols=len(marks),
         frameon=False,
         fontsize=SMALL + 1.5,
@@ -106,13 +138,17 @@ def outline(ax: Axes, mask: Bool[np.ndarray, "h w"], shape: tuple[int, int]) -> 
 
 
 def dots(
-    ax: Axes, xy: Float[np.ndarray, "n 2"], area: Float[np.ndarray, " n"], colour: str, *, alpha: float = 0.9
+    ax: Axes, xy: Float[np.ndarray, "n 2"], share: Float[np.ndarray, " n"], colour: str, *, alpha: float = 0.9
 ) -> None:
-    """Filled points of an area in square points, the largest below."""
+    """Filled points, each on its share of the panel's area (at least a speck), the largest below."""
+    width, height = ax.figure.get_size_inches() * 72
+    box = ax.get_position()
+    area = share * box.width * width * box.height * height
+    area = np.maximum(area, 2.5)
     order = np.argsort(-area)
     xy, area = xy[order], area[order]
-    ax.scatter(*xy.T, s=area + 5, color=PAPER, alpha=0.55, linewidths=0, zorder=4, clip_on=True)
-    ax.scatter(*xy.T, s=area, color=colour, alpha=alpha, edgecolors=INK, linewidths=0.55, zorder=5, clip_on=True)
+    ax.scatter(*xy.T, s=(area**0.5 + 2) ** 2, color=PAPER, alpha=0.55, linewidths=0, zorder=4)
+    ax.scatter(*xy.T, s=area, color=colour, alpha=alpha, edgecolors=INK, linewidths=0.55, zorder=5)
 
 
 def rings(ax: Axes, xy: Float[np.ndarray, "n 2"], size: float = 9) -> None:
@@ -133,9 +169,34 @@ def star(ax: Axes, x: float, y: float) -> None:
     ax.plot(x, y, marker="*", markersize=21, color=RED, markeredgecolor=PAPER, markeredgewidth=1.3, zorder=7)
 
 
-def note(ax: Axes, text: str) -> None:
-    """A word in the upper left corner of a panel."""
-    ax.text(
-        0.03, 0.965, text, transform=ax.transAxes, ha="left", va="top", fontsize=SMALL, color=PAPER, zorder=8,
-        path_effects=HALO,
-    )  # fmt: skip
+def frame(ax: Axes, xy: Float[np.ndarray, "n 2"], stride: tuple[float, float]) -> None:
+    """A dashed box around cells, given by their centres and sides (rows, columns)."""
+    side = np.array(stride[::-1])
+    corner, size = xy.min(axis=0) - side / 2, np.ptp(xy, axis=0) + side
+    for width, colour, dashes in ((3.2, INK, "-"), (1.7, PAPER, (0, (4, 2.5)))):
+        ax.add_patch(Rectangle(corner, *size, fill=False, linewidth=width, edgecolor=colour, linestyle=dashes, zorder=3))
+
+
+def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_zero: bool = False) -> None:
+    """Values over the columns, with error bars and each value beside its dot."""
+    x = np.arange(len(value))
+    ax.errorbar(x, value, error, color=INK, marker="o", markersize=9, linewidth=1.6, capsize=4, mfc=ORANGE, zorder=3)
+    for i, number in zip(x, value, strict=True):
+        text = f"{number:.1f}" if value.max() > 1 else f"{number:.2f}"
+        ax.annotate(text, (i, number), (9, 9), textcoords="offset points", fontsize=SMALL + 1, color=INK)
+    low, high = (value - error).min(), (value + error).max()
+    ax.set_ylim(0 if from_zero else low - 0.25 * (high - low), high + 0.35 * (high - (0 if from_zero else low)))
+    ax.set_ylabel(name, fontsize=LABEL - 1, color=INK)
+    ax.set_xticks(x, [""] * len(x))
+
+
+def baseline(ax: Axes, value: np.ndarray, name: str) -> None:
+    """A null beside a series."""
+    ax.plot(range(len(value)), value, color="#777777", linestyle="--", marker="o", markersize=4, linewidth=1.4)
+    ax.annotate(name, (len(value) - 1, value[-1]), (0, 6), textcoords="offset points", ha="right", fontsize=SMALL + 1,
+                color="#555555")  # fmt: skip
+
+
+def edge_mark() -> Line2D:
+    """The outline's mark for `key`."""
+    return Line2D([], [], color=PAPER, linewidth=2.2, path_effects=[patheffects.withStroke(linewidth=4.2, foreground=INK)])

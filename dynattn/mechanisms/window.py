@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -95,14 +95,14 @@ class Layout:
         """The shift of each axis that has more than one window."""
         return tuple(shift_of(side, w, s) for side, w, s in zip(self.shape, self.window, self.shift, strict=True))
 
-    def cut(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "n T C"]:
+    def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
         """Pad, roll to the top left, cut into windows."""
         x = core.pad_map(x, self.padding)
         if any(self.roll):
             x = x.roll((-self.roll[0], -self.roll[1]), dims=(1, 2))
         return core.partition_windows(x, self.window)
 
-    def join(self, x: Float[Tensor, "n T C"]) -> Float[Tensor, "B H W C"]:
+    def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
         """The inverse of `cut`."""
         x = core.merge_windows(x, self.window, self.padded)
         if any(self.roll):
@@ -125,6 +125,19 @@ class Layout:
         )
         return labels == labels.mT
 
+    def bias(self, table: Float[Tensor, "h I J"] | None, like: Tensor) -> Float[Tensor, "n heads T T"] | None:
+        """What a window adds to its logits: B^(m) at the displacement, and -inf at keys that are not to be read."""
+        bias = None
+        if table is not None:
+            rows, cols = core.relative_index(self.window)
+            bias = table[None, :, rows, cols]  # (1, h, T, T)
+        if any(self.roll) or any(self.padding):
+            forbidden = ~self.may_read().to(like.device)
+            hidden = torch.zeros(forbidden.shape, dtype=like.dtype, device=like.device)
+            hidden = hidden.masked_fill(forbidden, -torch.inf)[:, None]  # (windows, 1, T, T)
+            bias = hidden if bias is None else bias + hidden
+        return bias
+
     def attend(
         self,
         q: Float[Tensor, "n h T d"],
@@ -133,15 +146,9 @@ class Layout:
         table: Float[Tensor, "h I J"] | None,
         scale: float,
     ) -> Float[Tensor, "n h T d"]:
-        """DAT-2 inside every window, with B^(m) the table at the displacement of query and key."""
-        bias = None
-        if table is not None:
-            rows, cols = core.relative_index(self.window)
-            bias = table[None, :, rows, cols]  # (1, h, T, T)
-        if any(self.roll) or any(self.padding):
-            forbidden = ~self.may_read().to(q.device)
-            hidden = torch.zeros(forbidden.shape, dtype=q.dtype, device=q.device).masked_fill(forbidden, -torch.inf)
-            bias = hidden[:, None] if bias is None else bias + hidden[:, None]  # (windows, h, T, T)
+        """DAT-2 inside every window."""
+        bias = self.bias(table, q)
+        if bias is not None and len(bias) > 1:
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
         return core.dense_attention_torch(q, k, v, bias, scale)  # DAT-2
 
@@ -172,6 +179,17 @@ def window_attention_torch(
 FORMS = {"loops": window_attention_loops, "torch": window_attention_torch}
 
 
+def check_shift(shift: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """`shift` as (rows, columns); raises unless they are whole numbers from 0 to below the window's sides."""
+    both = tuple(shift) if isinstance(shift, tuple | list) else (shift, shift)
+    if len(both) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) for s in both):
+        raise TypeError(f"shift: expected a whole number or a pair (rows, columns), got {shift!r}")
+    for s, w in zip(both, window, strict=True):
+        if not 0 <= s < w:
+            raise ValueError(f"shift: expected 0 to {w - 1} for windows of {w}, got {s}")
+    return both
+
+
 def window_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h L d"],
@@ -193,10 +211,7 @@ def window_attention(
     form = core.implementation("window_attention", impl, FORMS)
     H, W = core.pair("query_shape", query_shape)
     window = core.pair("window", window)
-    shift = (shift, shift) if isinstance(shift, int) else tuple(shift)
-    for s, w in zip(shift, window, strict=True):
-        if not 0 <= s < w:
-            raise ValueError(f"shift: expected 0 to {w - 1} for windows of {w}, got {s}")
+    shift = check_shift(shift, window)
     shapes = {name: (t, f"B h {H * W} d") for name, t in (("q", q), ("k", k), ("v", v))}
     if table is not None:
         shapes["table"] = (table, f"h {2 * window[0] - 1} {2 * window[1] - 1}")
@@ -217,21 +232,21 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int, shift: int = 0):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads, self.window, self.shift = heads, window, shift
+        self.dim, self.heads, self.window = dim, core.divisor("heads", heads, dim), core.positive("window", window)
+        self.shift = check_shift(shift, (window, window))[0]
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.table = nn.Parameter(torch.empty(heads, 2 * window - 1, 2 * window - 1))
         trunc_normal_(self.table, std=0.01)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
         # A linear map may be applied before or after the tokens are moved; cutting first moves a third of the numbers.
         layout = Layout(tuple(x.shape[1:3]), (self.window, self.window), (self.shift, self.shift))
         qkv = rearrange(self.qkv(layout.cut(x)), "n T (three h d) -> three n h T d", three=3, h=self.heads)  # DAT-1
         z = layout.attend(*qkv, self.table, qkv.shape[-1] ** -0.5)
         if tracing.recording():
-            tracing.keep(self, WindowRecord.from_windows(*qkv, z, self.table, layout))
+            tracing.keep(self, WindowRecord(*qkv, z, layout.bias(self.table, qkv), layout))
         return layout.join(self.proj(rearrange(z, "n h T d -> n T (h d)")))  # DAT-3
 
 
@@ -241,36 +256,32 @@ class WindowAttention(nn.Module):
 
 
 class WindowRecord(tracing.Record):
-    """One window layer. q, k, v, z (h, H W, d); table (h, 2 wi - 1, 2 wj - 1); `window` and `shift` in cells.
+    """One window layer: q, k, v, z (h, H W, d); attention (windows, h, T, T); `window` and `shift` in cells.
 
     Exact, unless `padding_is_read`: timm's Swin lets its queries read the padding, which is no token of the image.
     """
 
     kind = "window"
 
-    def __init__(self, q, k, v, z, table, layout: Layout, padding_is_read: bool = False):
-        self.q, self.k, self.v, self.z, self.table, self.layout = q, k, v, z, table.detach(), layout
-        self.query_shape, self.window, self.shift = layout.shape, layout.window, layout.roll
-        self.heads, self.exact = q.shape[0], not padding_is_read
-
-    @classmethod
-    def from_windows(cls, q, k, v, z, table, layout: Layout, **kw) -> "WindowRecord":
-        """The record of a layer's tensors as they lie in windows (n, h, T, d); the first image is kept."""
-        joined = (layout.join(rearrange(t, "n h T d -> n T (h d)"))[:1] for t in (q, k, v, z))
-        return cls(*(core.split_heads(t, q.shape[1])[0] for t in joined), table, layout, **kw)
+    def __init__(self, q, k, v, z, bias, layout: Layout, padding_is_read: bool = False):
+        """q, k, v, z as they lie in windows (n, h, T, d); of a batch the first image is kept."""
+        self.layout, self.query_shape, self.window, self.shift = layout, layout.shape, layout.window, layout.roll
+        self.heads, self.exact = q.shape[1], not padding_is_read
+        windows = layout.padded[0] // layout.window[0] * (layout.padded[1] // layout.window[1])
+        q, k, v, z = (t[:windows] for t in (q, k, v, z))
+        self.attention = core.attention_weights(q, k, bias, q.shape[-1] ** -0.5)
+        joined = (layout.join(rearrange(t, "n h T d -> n T (h d)")) for t in (q, k, v, z))
+        self.q, self.k, self.v, self.z = (core.split_heads(t, self.heads)[0] for t in joined)
 
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
-        """Attention over the whole map; zero outside the window."""
+        """Attention over the whole map; zero outside the window. Rows lack what is given to padding."""
         self.check_head(head)
         H, W = self.query_shape
-        labels = self.layout.regions().flatten().to(self.q.device)
-        i, j = torch.cartesian_prod(torch.arange(H), torch.arange(W)).reshape(-1, 2).T
-        rows, cols = (
-            (n[:, None] - n[None, :]).clamp(1 - w, w - 1) + w - 1 for n, w in zip((i, j), self.window, strict=True)
-        )
-        bias = self.table[head, rows, cols]
-        bias = bias.masked_fill(labels[:, None] != labels[None, :], -torch.inf)
-        return core.attention_weights(self.q[head], self.k[head], bias, self.q.shape[-1] ** -0.5)
+        numbers = torch.arange(1, H * W + 1, device=self.attention.device).reshape(1, H, W, 1)
+        cells = self.layout.cut(numbers)[..., 0]  # (windows, T); padding has number 0
+        weights = self.attention.new_zeros(H * W + 1, H * W + 1)
+        weights[cells[:, :, None], cells[:, None, :]] = self.attention[:, head]
+        return weights[1:, 1:]
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L L"]:
         """A_eff is the attention itself: the keys are the source tokens."""
@@ -285,26 +296,46 @@ class WindowRecord(tracing.Record):
         return self.z[head]
 
 
+class TimmLayout(Layout):
+    """Windows as timm's Swin lays them: the map is rolled first and padded then."""
+
+    @property
+    def roll(self) -> tuple[int, int]:
+        return self.shift
+
+    def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
+        rolled = x.roll((-self.roll[0], -self.roll[1]), dims=(1, 2))
+        return core.partition_windows(core.pad_map(rolled, self.padding), self.window)
+
+    def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
+        padded = core.merge_windows(x, self.window, self.padded)
+        return padded[:, : self.shape[0], : self.shape[1]].roll(self.roll, dims=(1, 2))
+
+
 @tracing.adapter("timm.models.swin_transformer.SwinTransformerBlock")
 def record_timm_swin(block: nn.Module, keep) -> list:
     """Record timm's Swin. Its attention sees windows only: the block tells where they lie, `proj` gets the heads."""
     attention, seen = block.attn, {}
 
     def before_block(block: nn.Module, inputs: tuple) -> None:
-        seen["layout"] = Layout(tuple(inputs[0].shape[1:3]), tuple(block.window_size), tuple(block.shift_size))
+        seen["layout"] = TimmLayout(tuple(inputs[0].shape[1:3]), tuple(block.window_size), tuple(block.shift_size))
 
     def before_projection(projection: nn.Module, inputs: tuple) -> None:
         seen["z"] = inputs[0]
 
-    def after_attention(attention: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def after_attention(attention: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
         layout, h = seen["layout"], attention.num_heads
         qkv = rearrange(attention.qkv(inputs[0]), "n T (three h d) -> three n h T d", three=3, h=h)
         z = rearrange(seen["z"], "n T (h d) -> n h T d", h=h)
+        rows, cols = core.relative_index(layout.window)
         table = rearrange(attention.relative_position_bias_table, "(I J) h -> h I J", I=2 * layout.window[0] - 1)
-        keep(attention, WindowRecord.from_windows(*qkv, z, table, layout, padding_is_read=any(layout.padding)))
+        bias = table[None, :, rows, cols]
+        if named.get("mask") is not None:
+            bias = bias + named["mask"][:, None]
+        keep(attention, WindowRecord(*qkv, z, bias, layout, padding_is_read=any(layout.padding)))
 
     return [
         block.register_forward_pre_hook(before_block),
         attention.proj.register_forward_pre_hook(before_projection),
-        attention.register_forward_hook(after_attention),
+        attention.register_forward_hook(after_attention, with_kwargs=True),
     ]

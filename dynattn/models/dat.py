@@ -29,7 +29,7 @@ from dynattn.mechanisms.baselines import SpatialReductionAttention
 from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.deformable_detr import DeformableDetrAttention
 from dynattn.mechanisms.window import WindowAttention
-from dynattn.models.layers import Backbone, Block, PatchEmbedding, Stage, drop_path_rates, initialise
+from dynattn.models.layers import Backbone, Block, ConvStem, PatchEmbedding, Stage, drop_path_rates, initialise
 
 VARIANTS = {
     "official": dict(
@@ -53,7 +53,9 @@ class DAT(Backbone):
     position_bias: Table 6.  detr_points: K by stage for "deformable_detr" (Table 8).
     conv_embedding: overlapping 7 x 7 stem and 3 x 3 down-sampling (DAT-T*, Table 9).
     drop_path_rate: stochastic depth of the last block.  variant, reference, offset_unit, offset_norm, kernels, shift:
-    see the head of this file.  offset_zero_init, clamp: for small nets, see `DeformableAttention`.
+    see the head of this file.
+    For small nets that train on little data: conv_stem, local_convs (`ConvStem`, `LocalConv`), and offset_zero_init,
+    clamp (`DeformableAttention`).
     Raises ValueError, TypeError for arguments that do not fit together. Source: DAT section 3.3, Table 1.
     """
 
@@ -78,6 +80,8 @@ class DAT(Backbone):
         position_bias: str | None = "relative",
         detr_points: Sequence[int] = (49, 49, 49, 49),
         conv_embedding: bool = False,
+        conv_stem: bool = False,
+        local_convs: bool = False,
         drop_path_rate: float = 0.2,
         variant: str = "official",
         reference: str | None = None,
@@ -148,6 +152,8 @@ class DAT(Backbone):
         def embedding(i: int) -> nn.Module:
             """What makes the map of stage i smaller: the stem for i = -1."""
             channels, out = (in_chans, dims[0]) if i < 0 else (dims[i], dims[i + 1])
+            if i < 0 and conv_stem:
+                return ConvStem(channels, out)
             stride = 4 if i < 0 else 2
             kernel = (7 if i < 0 else 3) if conv_embedding else stride
             return PatchEmbedding(channels, out, kernel, stride, bias=i < 0)
@@ -157,7 +163,10 @@ class DAT(Backbone):
         self.stages = nn.ModuleList()
         for i in range(count):
             kinds = [blocks[i][d % len(blocks[i])] for d in range(depths[i])]
-            layers = [Block(dims[i], attention(i, k), drop_path=r) for k, r in zip(kinds, rates[i], strict=True)]
+            layers = [
+                Block(dims[i], attention(i, kind), drop_path=rate, local_conv=local_convs)
+                for kind, rate in zip(kinds, rates[i], strict=True)
+            ]
             self.stages.append(Stage(embedding(i - 1) if i else nn.Identity(), layers))
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
@@ -198,6 +207,8 @@ MINI = dict(
     strides=(4, 2, 2),
     kernels=(9, 5, 5),
     conv_embedding=True,
+    conv_stem=True,
+    local_convs=True,
     drop_path_rate=0.05,
     offset_range=4.0,
     offset_zero_init=True,

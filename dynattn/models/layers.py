@@ -34,19 +34,60 @@ class PatchEmbedding(nn.Module):
         return self.norm(rearrange(x, "B C H W -> B H W C"))
 
 
+class ConvStem(nn.Module):
+    """Stride 4 by two 3 x 3 convolutions and a third of stride 1, with batch norm; then a LayerNorm.
+
+    Early convolutions let a transformer find shapes after hundreds of steps instead of thousands: for small nets that
+    train on little data. (B, H, W, C) to (B, ceil(H / 4), ceil(W / 4), out).
+    """
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        widths = [(channels, out // 2, 2), (out // 2, out, 2), (out, out, 1)]
+        self.convs = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.GELU())
+                for a, b, stride in widths
+            )
+        )
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        x = self.convs(rearrange(x, "B H W C -> B C H W"))
+        return self.norm(rearrange(x, "B C H W -> B H W C"))
+
+
+class LocalConv(nn.Module):
+    """x + BatchNorm(depthwise 3 x 3 of x): tells a block's tokens what stands beside them."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        y = self.norm(self.conv(rearrange(x, "B H W C -> B C H W")))
+        return x + rearrange(y, "B C H W -> B H W C")
+
+
 class Block(nn.Module):
     """A pre-norm transformer block (DAT-4, DAT-5) around any attention that maps (B, H, W, C) to itself.
 
-    Stochastic depth drops either branch with probability `drop_path`; `ratio` widens the feed-forward network.
+    Stochastic depth drops either branch with probability `drop_path`; `ratio` widens the feed-forward network;
+    `local_conv` puts a `LocalConv` in front.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, ratio: float = 4.0):
+    def __init__(
+        self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, ratio: float = 4.0, local_conv: bool = False
+    ):
         super().__init__()
+        self.local = LocalConv(dim) if local_conv else nn.Identity()
         self.norm1, self.attn = nn.LayerNorm(dim), attn
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = self.local(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))  # DAT-4
         return x + self.drop_path(self.mlp(self.norm2(x)))  # DAT-5
 

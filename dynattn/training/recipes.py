@@ -16,7 +16,7 @@ class Recipe:
     size: int = 128
     train_count: int = 6000
     test_count: int = 1000
-    steps: int = 2000
+    steps: int = 500
     batch: int = 64  # of all processes together
     lr: float = 2e-3
     warmup: float = 0.05  # share of the steps
@@ -38,7 +38,16 @@ class Recipe:
             raise ValueError(f"batch: expected at most train_count = {self.train_count}, got {self.batch}")
 
 
-RECIPES = {"dat_mini": Recipe("dat_mini"), "swin_mini": Recipe("swin_mini")}
+SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # smaller than dat_mini, at 64 pixels
+RECIPES = {
+    "dat_mini": Recipe("dat_mini"),
+    "swin_mini": Recipe("swin_mini"),
+    # the sweep of the offset range s (DAT, figure 4) in small: the same recipe, one model for each s
+    **{
+        f"dat_sweep_s{s}": Recipe("dat_mini", SWEEP | {"offset_range": float(s)}, size=64, steps=400)
+        for s in (0, 1, 2, 4, 8)
+    },
+}
 
 
 def get_recipe(name: str, **changes) -> Recipe:

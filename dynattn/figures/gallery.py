@@ -1,0 +1,91 @@
+"""What goes into the folder of figures: pictures, conditions.json, a README to look through; and the table."""
+
+import io
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from dynattn import __version__
+from dynattn.weights import replace
+
+if TYPE_CHECKING:
+    from .dat import Drawing, Plan
+    from .subjects import Setting
+
+CONDITIONS, README = "conditions.json", "README.md"
+
+
+def entry(paper: str, number: int, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
+    """All that there is to know about a figure."""
+    return {
+        "paper": paper,
+        "figure": number,
+        "file": f"{paper}_{number}_{plan.stem}.png",
+        "title": plan.title,
+        "caption": drawing.caption,
+        "weights": drawing.weights,
+        "images": [picture.name for picture in drawing.pictures],
+        "image_size": list(drawing.pictures[0].shape),
+        "seed_of_random_weights": setting.seed,
+        "measures": drawing.measures,
+        "networks": drawing.networks,
+        "versions": {"python": platform.python_version(), "dynattn": __version__}
+        | {name: version(name) for name in ("torch", "timm", "numpy", "matplotlib")},
+    }
+
+
+def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
+    """Put a figure into the folder, with its entry among those of the other figures there; every file is replaced whole."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
+    replace(out / new["file"], picture.getvalue())
+    key = lambda one: (one["paper"], one["figure"])  # noqa: E731
+    kept = [one for one in read(out) if key(one) != key(new) and (out / one["file"]).is_file()]
+    entries = sorted([*kept, new], key=key)
+    replace(out / CONDITIONS, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+    replace(out / README, readme(entries).encode())
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The entries of a folder; none where there is no such file, or another one of that name."""
+    try:
+        entries = json.loads((out / CONDITIONS).read_text(encoding="utf-8"))
+        return [one for one in entries if {"paper", "figure", "file"} <= set(one)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def readme(entries: list[dict[str, Any]]) -> str:
+    """The gallery as Markdown."""
+    parts = ["# Figures\n\nDrawn by `dynattn figures`. Every number is in [conditions.json](conditions.json).\n"]
+    for one in entries:
+        parts.append(f"## {one['title']}\n\n![{one['title']}]({one['file']})\n\n{one['caption']}\n")
+        rows = ["| measure | trained | random weights | another image's mask |", "| --- | --- | --- | --- |"]
+        rows += ["| " + " | ".join(cells(measure)) + " |" for measure in one["measures"]]
+        parts.append("\n".join(rows) + "\n")
+        commands = {w["file"]: w.get("command") for w in one["weights"]}
+        parts += [f"`{file}` was made by `{command}`.\n" for file, command in commands.items() if command]
+    return "\n".join(parts)
+
+
+def cells(measure: dict[str, Any]) -> list[str]:
+    """A measure as the cells of a table."""
+    random = " / ".join(format(value, ".3g") for value in measure["random"].values())
+    other = "no mask" if measure["n"] == 1 else "" if measure["other"] is None else format(measure["other"], ".3g")
+    return [measure["name"], format(measure["trained"], ".3g"), random, other]
+
+
+def table(entries: list[dict[str, Any]], out: Path) -> str:
+    """What all figures measured, in columns, and where the pictures lie."""
+    rows = [["figure", "measure", "trained", "random weights", "another image's mask"]]
+    rows += [[str(one["figure"]), *cells(measure)] for one in entries for measure in one["measures"]]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if any(len(measure["random"]) > 1 for one in entries for measure in one["measures"]):
+        lines.append("random weights: with random offsets / with offsets of zero, as training starts")
+    return "\n".join(["", *lines, "", *(str(out / one["file"]) for one in entries), str(out / README)])

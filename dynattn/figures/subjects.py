@@ -1,0 +1,198 @@
+"""What is drawn: a model with the story of its weights, and pictures with what the model sees of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynattn import create_model, weights
+from dynattn.data import CLASSES, Shapes, cached, credits, normalise, photograph, read_image, to_input, to_rgb
+from dynattn.models.registry import check_name
+from dynattn.official import model_from
+from dynattn.tracing import trace
+
+from .measures import evaluate_points
+
+SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
+TEST_COUNT = 1000  # items of the test split, as training tests on
+RANDOM, ZERO = "random weights", "random weights, offsets of zero"
+CROPS = {"chelsea": (30, 0, 330, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, how to make one like it, and where its weights come from."""
+
+    model: nn.Module
+    name: str
+    arguments: dict[str, Any]
+    story: dict[str, Any]  # file, and what the checkpoint says of itself: command, seed, steps, accuracy
+    shipped: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images it is made for."""
+        side = getattr(self.model, "img_size", None) or self.arguments.get("img_size", 224)
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    @property
+    def knows_shapes(self) -> bool:
+        """Whether its classes are those of the test images."""
+        return list(self.story.get("classes", ())) == list(CLASSES)
+
+
+def load_subject(file: str | Path | None = None, name: str | None = None, *, shipped: str = "dat_mini") -> Subject:
+    """The model of a checkpoint file, or the one that ships under `name` (default: `shipped`).
+
+    Raises FileNotFoundError, ValueError where there is no such checkpoint, or where it is of another model than `name`.
+    """
+    if name is not None:
+        check_name(name)
+    own = file is None
+    file = weights.path(name or shipped) if own else Path(file)
+    found, model = model_from(file)
+    if name not in (None, found):
+        raise ValueError(f"model: expected {found}, which is what {file} holds, got {name!r}")
+    if file.suffix == ".safetensors":
+        story = weights.read(file)[1]
+        arguments = story["arguments"]
+        kept = ("command", "seed", "steps", "accuracy", "classes")
+    else:
+        story, kept, arguments = {}, (), {"num_classes": model.num_classes, "img_size": model.img_size}
+    story = {"file": file.name, "model": found} | {key: story[key] for key in kept if key in story}
+    return Subject(model, found, arguments, story, own)
+
+
+def random_twin(
+    subject: Subject, seed: int, images: UInt8[np.ndarray, "n 3 H W"], **changes
+) -> nn.Module:
+    """The same architecture with random weights, in eval mode; `changes` are arguments of its own.
+
+    Batch norms take their statistics from `images`: with those of no image at all, no signal would get through.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = create_model(subject.name, **subject.arguments | changes).eval()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None  # the mean over all batches; here there is one
+            norm.train()
+        if norms:
+            model(normalise(torch.from_numpy(np.array(images))))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: what the model sees, what is shown, and where the object is (None where nobody knows)."""
+
+    name: str
+    x: Float[Tensor, "3 H W"]
+    shown: UInt8[np.ndarray, "h w 3"]
+    mask: Bool[np.ndarray, "h w"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.x.shape[-2:])
+
+
+def test_picture(index: int, size: tuple[int, int]) -> Picture:
+    """A test image of `Shapes`, shown sharper than the model sees it."""
+    seen, label, _ = Shapes("easy", "test", max(size), TEST_COUNT)[index]
+    shown, _, mask = Shapes("easy", "test", SHARP, TEST_COUNT)[index]
+    shown = shown.movedim(0, -1).numpy()
+    return Picture(f"test image {index} ({CLASSES[label]})", to_input(seen, size)[0], shown, mask.numpy())
+
+
+def sample_picture(name: str, size: tuple[int, int]) -> Picture:
+    """A sample photograph, cut to a square around its subject."""
+    credit = next(credit for credit in credits() if credit.name == name)
+    cut = photograph(name).crop(CROPS[name])
+    return Picture(f"{credit.title} ({credit.author}, {credit.licence})", to_input(cut, size)[0], np.array(cut))
+
+
+def own_picture(file: str | Path, size: tuple[int, int]) -> Picture:
+    """A photograph of the user's, whole; the model sees it as a square, as the paper evaluates.
+
+    Raises what `read_image` raises.
+    """
+    picture = read_image(file)
+    shown = picture.copy()
+    shown.thumbnail((1400, 1400))
+    name = Path(file).name if isinstance(file, str | Path) else "the given image"
+    return Picture(name, to_input(picture, size)[0], np.array(shown))
+
+
+@dataclass
+class Setting:
+    """All that the figures of one run share; a network is measured once, when a figure first asks for it."""
+
+    subject: Subject
+    image: Any = None
+    seed: int = 0
+    bar: tqdm | None = None
+    measured: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many test images are measured: fewer of large ones."""
+        return 250 if max(self.subject.size) <= 128 else 40
+
+    @cached_property
+    def test_set(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, labels and masks of the test split at the model's size."""
+        side = max(self.subject.size)
+        return cached(Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count), progress=False)
+
+    @cached_property
+    def own(self) -> Picture | None:
+        """The user's photograph, if there is one."""
+        return None if self.image is None else own_picture(self.image, self.subject.size)
+
+    def pictures(self, indices: Sequence[int], samples: Sequence[str] = ()) -> list[Picture]:
+        """The user's photograph alone, else test images and sample photographs."""
+        if self.own:
+            return [self.own]
+        size = self.subject.size
+        return [test_picture(i, size) for i in indices] + [sample_picture(name, size) for name in samples]
+
+    def twin(self, subject: Subject, **changes) -> nn.Module:
+        """A random network like `subject`."""
+        return random_twin(subject, self.seed, self.test_set[0][:64], **changes)
+
+    @cached_property
+    def twins(self) -> dict[str, nn.Module]:
+        """Random networks like the subject: as it starts training and, where that is with offsets of zero, without."""
+        start = self.twin(self.subject)
+        record = trace(start, torch.zeros(3, *self.subject.size)).of_kind("deformable")[0]
+        if not torch.equal(*torch.broadcast_tensors(record.points, record.references)):
+            return {RANDOM: start}
+        return {RANDOM: self.twin(self.subject, offset_zero_init=False), ZERO: start}
+
+    def check(self) -> None:
+        """Raise unless the image can be read and the model has deformable layers."""
+        if self.own is None:
+            blank = torch.zeros(3, *self.subject.size)
+        if not trace(self.subject.model, self.own.x if self.own else blank).of_kind("deformable"):
+            raise ValueError(f"weights: expected a model with deformable layers, got {self.subject.name}")
+
+    def evaluation(self, network: str, model: nn.Module, layers: Sequence[str] | None = None) -> dict:
+        """`evaluate_points` of a network on the test images, once for each name of a network."""
+        if network not in self.measured:
+            images, labels, masks = (part[: self.count] for part in self.test_set)
+            if self.bar is not None:
+                self.bar.set_description(network)
+            self.measured[network] = evaluate_points(model, images, masks, labels, layers=layers, bar=self.bar)
+        return self.measured[network]
+
+    def evaluations(self) -> dict[str, dict]:
+        """Those of the subject, under its name, and of its random twins."""
+        networks = {self.subject.name: self.subject.model} | self.twins
+        return {network: self.evaluation(network, model) for network, model in networks.items()}
