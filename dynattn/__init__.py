@@ -14,7 +14,20 @@ _FROM = {
     "load_official": "dynattn.official",
     "trace": "dynattn.tracing",
 }
-_MODULES = ("core", "cost", "data", "figures", "mechanisms", "models", "official", "ops", "tracing", "training", "weights")
+_MODULES = (
+    "core",
+    "cost",
+    "data",
+    "figures",
+    "mechanisms",
+    "models",
+    "official",
+    "ops",
+    "tracing",
+    "training",
+    "verify",
+    "weights",
+)
 __all__ = ["__version__", *_FROM, *_MODULES]
 
 if TYPE_CHECKING:

@@ -49,9 +49,8 @@ def bind(**arguments: tuple[Tensor, str]) -> dict[str, int]:
         for letter, size in zip(letters, tensor.shape, strict=True):
             expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
             if size != expected:
-                raise ValueError(
-                    f"{name}: expected shape ({pattern}) with {letter} = {expected}, got shape {tuple(tensor.shape)}"
-                )
+                meaning = "" if letter.isdigit() else f" with {letter} = {expected}"
+                raise ValueError(f"{name}: expected shape ({pattern}){meaning}, got shape {tuple(tensor.shape)}")
             if size == 0:
                 raise ValueError(f"{name}: no dimension may be empty, got shape {tuple(tensor.shape)}")
         if first is None:

@@ -28,7 +28,8 @@ class Cost:
     macs_fvcore: float
 
     def __str__(self) -> str:
-        return f"{self.params:,} parameters, {self.macs / 1e9:.3f} G multiply-adds ({self.macs_fvcore / 1e9:.3f} G fvcore)"
+        macs, fvcore = f"{self.macs / 1e9:.3f} G", f"{self.macs_fvcore / 1e9:.3f} G"
+        return f"{self.params:,} parameters, {macs} multiply-adds ({fvcore} fvcore)"
 
 
 def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
@@ -73,12 +74,17 @@ class Row:
     note: str = ""
 
 
-SHIFT_MASKS = (
-    "The paper's three rows count 192,080 entries of shift masks (0.19 M); DAT's rows do not. Subtract them to compare."
+DETR_ROWS = (
+    "Parameters: the paper's three rows count 192,080 entries of shift masks too (0.19 M), which DAT's rows do not: "
+    "subtract them to compare. Multiply-adds: ours hold the weighted sum over the K points, the paper's do not."
 )
 NO_OFFSETS = (
-    "The parameters of the unused offset network are counted, as in the paper. The paper's 4.57 fits neither our count "
-    "nor the published code (4.58), only a model without the network and without bilinear sampling, which this row is."
+    "The unused offset network is among the parameters, as in the paper. Of the multiply-adds the paper's 4.57 leaves "
+    "out that network and the bilinear sampling, as this row does; the published code runs both (4.58)."
+)
+NO_OFFSETS_WITH_BIAS = (
+    "As the row without bias; the paper's 4.57 leaves out the bilinear sampling of the bias as well, which our fvcore "
+    "count includes (4.580 G; 4.574 G without)."
 )
 DETR = [("window", "shifted")] * 2 + [("window", "deformable_detr")] * 2
 ROWS: dict[str, list[Row]] = {
@@ -89,7 +95,7 @@ ROWS: dict[str, list[Row]] = {
         Row("dat_base_384", "dat_base_384", size=384),
         Row("dat_tiny_conv", "dat_tiny_conv"),
         Row("dat_tiny_no_offsets_no_bias", "dat_tiny", dict(offsets=False, position_bias=None), note=NO_OFFSETS),
-        Row("dat_tiny_no_offsets", "dat_tiny", dict(offsets=False), note=NO_OFFSETS),
+        Row("dat_tiny_no_offsets", "dat_tiny", dict(offsets=False), note=NO_OFFSETS_WITH_BIAS),
         Row("dat_tiny_no_bias", "dat_tiny", dict(position_bias=None)),
         Row("dat_tiny_fixed_bias", "dat_tiny", dict(position_bias="fixed")),
         Row("dat_tiny_dwconv_bias", "dat_tiny", dict(position_bias="dwconv")),
@@ -98,11 +104,11 @@ ROWS: dict[str, list[Row]] = {
         Row("dat_tiny_stages234", "dat_tiny", dict(deformable_stages=(2, 3, 4))),
         Row("dat_tiny_stage4", "dat_tiny", dict(deformable_stages=(4,))),
         Row(
-            "dat_tiny_ddetr_16_16", "dat_tiny", dict(blocks=DETR, detr_points=(16, 16, 16, 16)), note=SHIFT_MASKS
+            "dat_tiny_ddetr_16_16", "dat_tiny", dict(blocks=DETR, detr_points=(16, 16, 16, 16)), note=DETR_ROWS
         ),
-        Row("dat_tiny_ddetr_49_49", "dat_tiny", dict(blocks=DETR), note=SHIFT_MASKS),
+        Row("dat_tiny_ddetr_49_49", "dat_tiny", dict(blocks=DETR), note=DETR_ROWS),
         Row(
-            "dat_tiny_ddetr_196_49", "dat_tiny", dict(blocks=DETR, detr_points=(49, 49, 196, 49)), note=SHIFT_MASKS
+            "dat_tiny_ddetr_196_49", "dat_tiny", dict(blocks=DETR, detr_points=(49, 49, 196, 49)), note=DETR_ROWS
         ),
         Row("dat_tiny_49_49", "dat_tiny", dict(strides=(4, 2, 2, 1)), note="Stride 2 in stage 3: 49 keys."),
     ]
@@ -157,6 +163,6 @@ def print_table(paper: str = "dat") -> None:
             f"{row['macs_fvcore'] / 1e9:>7.3f}G {row['paper_macs_G'] + 'G':>7}   {row['where']} {mark}"
         )
     print()
-    print("torch: matrix products, convolutions, attention; fvcore: LayerNorm and bilinear samples too, as papers count.")
+    print("torch: matrix products, convolutions, attention. fvcore, as papers count: LayerNorm, bilinear samples too.")
     for number, note in enumerate(notes, 1):
         print(f"[{number}] {note}")

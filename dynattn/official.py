@@ -39,7 +39,6 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-
 def dat_entries(model: DAT) -> dict[str, Entry]:
     """Our name: the published entry, for every entry of a DAT."""
     modules = dict(model.named_modules())
@@ -47,13 +46,17 @@ def dat_entries(model: DAT) -> dict[str, Entry]:
 
 
 def _dat_entry(name: str, modules: dict[str, nn.Module]) -> Entry:
+    """`name` itself for what no published DAT has: the convolutions of the small models."""
     head, _, last = name.rpartition(".")
     if found := re.fullmatch(r"(embed|stages\.(\d+)\.down)\.(proj|norm)", head):
         place = "patch_proj" if found[1] == "embed" else f"down_projs.{int(found[2]) - 1}"
         return Entry(f"{place}.{'0' if found[3] == 'proj' else '1.norm'}.{last}")
     if head in ("norm", "head"):
         return Entry(f"{'cls_norm.norm' if head == 'norm' else 'cls_head'}.{last}")
-    stage, block, rest = re.fullmatch(r"(stages\.\d+)\.blocks\.(\d+)\.(.+)", name).groups()
+    found = re.fullmatch(r"(stages\.\d+)\.blocks\.(\d+)\.((norm|mlp|attn).+)", name)
+    if not found:
+        return Entry(name)
+    stage, block, rest = found.group(1, 2, 3)
     if found := re.fullmatch(r"norm([12])\.(\w+)", rest):
         return Entry(f"{stage}.layer_norms.{2 * int(block) + int(found[1]) - 1}.norm.{found[2]}")
     if found := re.fullmatch(r"mlp\.fc([12])\.(\w+)", rest):
@@ -115,8 +118,8 @@ def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:
     defaults = {"num_classes": 1000, "img_size": 224} | recipe_of(names[found])[1]
     classes = state["cls_head.weight"].shape[0] if "cls_head.weight" in state else 0
     tables = [t for key, t in sorted(state.items()) if re.match(r"stages\.2\.attns\.\d+\.rpe_table$", key)]
-    side = (tables[0].shape[1] + 1) // 2 * 16 if tables else defaults["img_size"]
-    for key, value in (("num_classes", classes), ("img_size", side)):
+    size = tuple((side + 1) // 2 * 16 for side in tables[0].shape[1:]) if tables else (defaults["img_size"],) * 2
+    for key, value in (("num_classes", classes), ("img_size", size[0] if size[0] == size[1] else size)):
         if value != defaults[key]:
             options[key] = value
     return name, options
@@ -172,17 +175,16 @@ def _read_file(path: Path) -> dict:
 
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({error})") from error
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
-        raise ValueError(
-            f"path_or_state_dict: {path} holds objects that only running code could restore, which is never done here. "
-            f"{reason.strip()} If you trust it, save its weights alone: "
-            "torch.save({'model': torch.load(path, weights_only=False)['model']}, 'weights.pth')"
-        ) from error
     except Exception as error:  # every reader has errors of its own for a damaged file
-        raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({error})") from error
+        refused = re.search(r"GLOBAL (\S+?\.\S*\w)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise ValueError(
+                f"path_or_state_dict: {path} holds an object, {refused[1]}, that only running code could restore, "
+                "which is never done here. If you trust the file, save its weights alone: "
+                "torch.save({'model': torch.load(path, weights_only=False)['model']}, 'weights.pth')"
+            ) from error
+        reason = f"{type(error).__name__} {str(error).split('. ')[0]}".strip()
+        raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"path_or_state_dict: {path} holds a {type(content).__name__}, not a state dict")
     return content
@@ -192,7 +194,10 @@ def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
     """The name and arguments for `create_model` that fit published entries. Raises ValueError when none does."""
     for mark, recognise in IDENTIFIERS:
         if mark in state:
-            return recognise(state)
+            try:
+                return recognise(state)
+            except (KeyError, IndexError):  # one of its other marks is missing, or of no such shape
+                break
     raise ValueError(f"state_dict: none of the published models has such entries: {', '.join(list(state)[:5])}, ...")
 
 
@@ -217,14 +222,19 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
         if entry.name in state:
             try:
                 converted[name] = entry.convert(state[entry.name])
-            except (RuntimeError, IndexError, ValueError):  # a shape that no table of this kind has
+            except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that no table of this kind has
                 converted[name] = state[entry.name]
-            if converted[name].shape != own[name].shape:
-                wrong.append(f"{entry.name} {tuple(state[entry.name].shape)} for {tuple(own[name].shape)}")
+            if converted[name].shape != own[name].shape or not converted[name].is_floating_point():
+                wrong.append(f"{_described(entry.name, state[entry.name])} for {tuple(own[name].shape)}")
     if missing or unexpected or wrong:
         raise ValueError(_complaint(state, missing, unexpected, wrong))
     model.load_state_dict(converted)
     return model
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    """An entry for an error message: its dtype only where that is none of a weight."""
+    return f"{name} {tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
 
 
 def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
@@ -237,8 +247,8 @@ def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[st
     try:
         name, options = identify(state)
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-        lines.append(f'It fits dynattn.create_model("{name}"{arguments}).')
-    except (ValueError, KeyError):
+        lines.append(f'It looks like one for dynattn.create_model("{name}"{arguments}).')
+    except ValueError:
         lines.append("It is no published model that dynattn knows.")
     return "\n".join(lines)
 

@@ -36,21 +36,24 @@ def draw(
     measured on many images, is left out. weights: any checkpoint of the paper's models, published (.pth) or ours
     (.safetensors); figure 4, which has checkpoints of its own, is left out. model: the name of a model that ships
     trained, or the one that `weights` must hold. seed: of the random networks.
-    An entry is what conditions.json has of a figure: file, caption, weights, images, measures with their nulls, versions.
+    An entry is what conditions.json has of a figure: file, caption, weights, images, versions, measures, nulls.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
     """
     core.one_of("paper", paper, tuple(FIGURES))
     plans = FIGURES[paper]
-    setting = Setting(load_subject(weights, model), image, core.positive("seed + 1", seed + 1) - 1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    setting = Setting(load_subject(weights, model), image, seed, progress)
     numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
     setting.check()
-    networks = {network for number in numbers for network in plans[number].networks(setting)}
+    networks = {network: n for number in numbers for network, n in plans[number].networks(setting).items()}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
     entries = []
-    with tqdm(total=len(networks) * setting.count + len(numbers), unit="image", disable=not progress) as setting.bar:
+    total = sum(networks.values()) + len(numbers)
+    with tqdm(total=total, unit="image", disable=not progress) as setting.bar:
         for number in numbers:
             setting.bar.set_description(f"figure {number}")
             drawing = plans[number].draw(setting)
@@ -63,7 +66,7 @@ def draw(
 
 def chosen(plans: dict[int, Any], only: Sequence[int] | None, has_image: bool, has_weights: bool) -> list[int]:
     """The figures to draw, in order. Raises ValueError for one that does not exist or does not go with the rest."""
-    reason = "an image" if has_image else "weights or a model" if has_weights else None
+    reason = "image" if has_image else "weights or model" if has_weights else None
     if only is None:
         return [number for number in plans if not (reason and plans[number].of_many)]
     if unknown := sorted(set(only) - set(plans)):

@@ -12,23 +12,29 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynattn import weights
 from dynattn.tracing import Record, Trace, trace
 from dynattn.training import evaluate
 
 from . import style
-from .measures import move, positions, propagate, reach, received
+from .measures import move, propagate, reach, received
 from .subjects import RANDOM, Picture, Setting, Subject, load_subject
 
 # Test images, chosen by their index for a spread of classes, places and backgrounds, before any model was trained.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 11, 7, 28)
 SWEEP, SWIN = "dat_sweep_s", "swin_mini"
 TOP_KEYS = 40
+NOTHING = 1e-6  # a mask of -100 leaves less
+SWEEP_COUNTS = 500, 100  # test images that accuracy and attention are measured on for each s
 INK = 0.05  # share of a panel that all attention of one distribution covers with its dots
 LARGEST = f"{RANDOM}, largest s"
-NAMES = {"points": "points on the object", "attention": "attention on the object"}
+NAMES = {
+    "points": "points on the object",
+    "attention": "attention on the object",
+    "propagated": "propagated attention on the object",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a figure is made: the stem of its file, its title, its function, and how many networks it measures."""
+    """How a figure is made: the stem of its file, its title, its function, and which networks it measures on how many images.
+    """
 
     stem: str
     title: str
     draw: Callable[[Setting], Drawing]
-    networks: Callable[[Setting], Sequence[str]]
+    networks: Callable[[Setting], dict[str, int]]
     of_many: bool = False  # compares several models on many images, so that it takes neither an image nor weights
 
 
@@ -69,43 +76,48 @@ def sweep() -> dict[str, Subject]:
     names = [name for name in weights.available() if name.startswith(SWEEP)]
     if not names:
         raise FileNotFoundError(f"only: figure 4 needs checkpoints {SWEEP}*.safetensors in {weights.FOLDER}")
-    subjects = sorted((load_subject(weights.path(name)) for name in names), key=lambda one: one.arguments["offset_range"])
-    return {f"s = {subject.arguments['offset_range']:g}": subject for subject in subjects}
+    subjects = {one.arguments["offset_range"]: one for one in (load_subject(weights.path(name)) for name in names)}
+    return {f"s = {s:g}": subjects[s] for s in sorted(subjects)}
 
 
 def offset_range(setting: Setting) -> Drawing:
     """Figure 4: accuracy over the range s that scales the offsets, and with it the attention on the object."""
     subjects = sweep()
-    images, labels, _ = setting.test_set
-    found = {s: setting.evaluation(s, subject.model) for s, subject in subjects.items()}
+    n, count = SWEEP_COUNTS
+    images, labels, _ = (part[:n] for part in setting.test_set)
+    found = {s: setting.evaluation(s, subject.model, count=count) for s, subject in subjects.items()}
     accuracy = np.array([evaluate(subject.model, images, labels)[0] for subject in subjects.values()])
-    attention, error, other = (
-        np.array([one[key] for one in found.values()]) for key in ("attention", "attention_se", "attention_other")
-    )
-    networks = found | {LARGEST: setting.evaluation(LARGEST, setting.twin(list(subjects.values())[-1], offset_zero_init=False))}
+    shares = {
+        kind: np.array([one[kind] for one in found.values()])
+        for kind in ("attention", "attention_se", "attention_other")
+    }
+    twin = setting.twin(list(subjects.values())[-1], offset_zero_init=False)
+    networks = found | {LARGEST: setting.evaluation(LARGEST, twin, count=count)}
+    chance = {LARGEST: networks[LARGEST]["accuracy"]}
+    measures = [
+        dict(name=f"accuracy, {s}", trained=float(value), random=chance, other=None, n=n)
+        for s, value in zip(subjects, accuracy, strict=True)
+    ] + [share("attention", networks, s, s) for s in subjects]
 
     (picture,) = setting.pictures(SWEEP_OF)
     seeds = ", ".join(map(str, sorted({subject.story["seed"] for subject in subjects.values()})))
     caption = (
-        f"One network for each s (seed {seeds}), alike in everything else, so differences between seeds are not in the "
-        f"bars. Accuracy on {len(labels)} test images, bars: binomial standard error. Attention on the object: mean over "
-        f"{setting.count} test images, all deformable layers, queries and heads, bars: standard error over the images; "
-        f"random weights give {networks[LARGEST]['attention']:.2f}. Photographs: {picture.name}, last deformable layer "
-        f"of the finest map; areas of dots: attention received; lines: from the reference to the point."
+        f"One network for each s, seed {seeds}: what another seed would change is not in the bars (standard errors: "
+        f"binomial over {n} test images, and over the {count} on which attention is measured, the mean of all "
+        f"deformable layers). Random weights: {networks[LARGEST]['attention']:.2f}. Photographs: {picture.name}, last "
+        f"deformable layer of the finest map; area of a dot: attention received."
     )
     sheet = style.sheet(1, len(subjects), PLANS[4].title, caption, column_labels=list(subjects), strips=2)
     for ax, subject in zip(sheet.panels[0], subjects.values(), strict=True):
         ground(ax, picture)
-        draw_points(ax, last_of_each_map(trace(subject.model, picture.x))[0])
-    style.series(sheet.plots[0], 100 * accuracy, 100 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5, "accuracy, %")
-    style.series(sheet.plots[1], attention, error, "attention\non the object", from_zero=True)
-    style.baseline(sheet.plots[1], other, "another image's mask")
-    chance = {LARGEST: networks[LARGEST]["accuracy"]}
-    measures = [
-        dict(name=f"accuracy, {s}", trained=float(value), random=chance, other=None, n=len(labels))
-        for s, value in zip(subjects, accuracy, strict=True)
-    ]
-    measures += [share("attention", networks, s, label=s) for s in subjects]
+        record = last_of_each_map(trace(subject.model, picture.x))[0]
+        draw_points(ax, record)
+    style.series(sheet.plots[0], 100 * accuracy, 100 * (accuracy * (1 - accuracy) / n) ** 0.5, "accuracy, %")
+    style.series(
+        sheet.plots[1], shares["attention"], shares["attention_se"], "attention\non the object", from_zero=True
+    )
+    style.baseline(sheet.plots[1], shares["attention_other"], "another image's mask")
+    style.key(sheet, [*points_key(record), *object_key([picture])])
     return Drawing(
         sheet.figure, caption, [picture], measures, [subject.story for subject in subjects.values()], networks
     )
@@ -121,15 +133,15 @@ def important_keys(setting: Setting) -> Drawing:
     traces = [trace(setting.subject.model, picture.x) for picture in pictures]
     if setting.image is None:
         networks = setting.evaluations()
-        measures = [share("propagated", networks, setting.subject.name, "propagated attention on the object")]
+        measures = [share("propagated", networks, setting.subject.name)]
     else:
         networks, name = {}, f"propagated attention on the {TOP_KEYS} keys drawn"
         measures = [unmasked(setting, name, lambda t: float(top_keys(t)[1].sum()))]
+    layers = traces[0].of_kind("deformable")
     caption = (
-        f"The {TOP_KEYS} points with most attention of all {len(traces[0].of_kind('deformable'))} deformable layers and "
-        f"all heads, area of a circle: its score. Score: each cell of the last layer's map starts with the same mass; "
-        f"layer by layer, half of it moves along the heads' mean attention to the points and on to the cells they "
-        f"read, half stays. {conditions(setting, pictures, measures)}"
+        f"The {TOP_KEYS} of {sum(record.points[..., 0].numel() for record in layers)} points, of all {len(layers)} "
+        f"deformable layers and all heads, that get most attention when it is propagated from the output; area of a "
+        f"circle: how much. {conditions(setting, pictures, measures)}"
     )
     rows = -(-len(pictures) // columns)
     sheet = style.sheet(rows, columns, PLANS[5].title, caption, aspect=aspect_of(pictures))
@@ -160,22 +172,20 @@ def deformed_points(setting: Setting) -> Drawing:
     if setting.image is None:
         networks = setting.evaluations()
         measures = [
-            share(kind, networks, setting.subject.name, layer=record.name, label=size_of(record))
+            share(kind, networks, setting.subject.name, size_of(record), record.name)
             for record in layers[0]
             for kind in ("points", "attention")
         ]
     else:
-        networks = {}
+        networks, name = {}, "mean move of a point in pixels"
         measures = [
-            unmasked(setting, f"mean move of a point in pixels, {size_of(record)}", lambda t, i=i: move(last_of_each_map(t)[i]))
-            for i, record in enumerate(layers[0])
+            unmasked(setting, f"{name}, {size_of(record)}", lambda t, name=record.name: move(t[name]))
+            for record in layers[0]
         ]
     groups = layers[0][0].groups
-    drawn = "both groups" if groups == 2 else "one group" if groups > 2 else "all points"
-    names = " and ".join(record.name for record in layers[0])
     caption = (
-        f"Last deformable layer of each map ({names}), {drawn}. Area of a dot: the attention that the point gets, mean "
-        f"over queries and heads; line: from its reference. {conditions(setting, pictures, measures)}"
+        f"The last deformable layer of each map{', the first of its groups' * (groups > 2)}. Area of a dot: attention "
+        f"received, mean over queries and heads. {conditions(setting, pictures, measures)}"
     )
     labels = [f"{size_of(record)}\n{record.points.shape[1]} points" for record in layers[0]]
     alone = len(pictures) == 1
@@ -187,10 +197,7 @@ def deformed_points(setting: Setting) -> Drawing:
         for i, record in enumerate(layers[j]):
             ground(panels[i, j], picture)
             draw_points(panels[i, j], record)
-    marks = [(style.mark("o", style.ORANGE), "points of group 1"), (style.mark("o", style.BLUE), "of group 2")]
-    marks = marks[: 2 if groups == 2 else 1]
-    rings = style.mark("o", "none", 6, markeredgecolor="#777777", markeredgewidth=1.2)
-    style.key(sheet, [*marks, (rings, "reference grid"), *object_key(pictures)])
+    style.key(sheet, [*points_key(layers[0][0]), *object_key(pictures)])
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
@@ -221,22 +228,21 @@ def attention(setting: Setting) -> Drawing:
     deformable, window = pairs[0]
     if setting.image is None:
         networks = setting.evaluations()
-        measures = [share("attention", networks, setting.subject.name, layer=deformable.name, label="DAT")]
+        measures = [share("attention", networks, setting.subject.name, "DAT", deformable.name)]
         windows = {label: other.model, f"{label}, {RANDOM}": setting.twin(other)}
         found = {key: setting.evaluation(key, model, [window.name]) for key, model in windows.items()}
         networks |= found
-        measures += [share("attention", found, label, layer=window.name, label=label)]
+        measures += [share("attention", found, label, label, window.name)]
     else:
         networks, name = {}, "mean distance from query to key in pixels"
         measures = [
             unmasked(setting, f"{name}, DAT", lambda t: reach(t[deformable.name])),
             unmasked(setting, f"{name}, {label}", lambda t: reach(t[window.name]), other),
         ]
-    where = "on and off the object" if pictures[0].mask is not None else "at the key of highest score (figure 5) and far off"
+    where = "" if pictures[0].mask is not None else "First query: the key of highest score (figure 5). "
     caption = (
-        f"Queries {where}. DAT: {deformable.name}, the last deformable layer of a "
-        f"{size_of(deformable)}, all groups. {label}: {window.name}, the last layer whose window is smaller than its map "
-        f"(dashed: what the query may read). Area of a dot: attention, mean over heads, to the same scale. "
+        f"{where}DAT: {deformable.name}, {size_of(deformable)}. {label}: {window.name}, {size_of(window)}, the last "
+        f"layer whose windows do not cover all of it. Area of a dot: attention, mean over heads, at the same scale. "
         f"{conditions(setting, pictures, measures)}"
     )
     asked = ["query on the object", "query off it"] if pictures[0].mask is not None else ["first query", "second query"]
@@ -252,7 +258,11 @@ def attention(setting: Setting) -> Drawing:
             for k, record in enumerate(pair):
                 ground(panels[2 * i + k, j], picture)
                 draw_query(panels[2 * i + k, j], record, *query)
-    marks = [(style.mark("*", style.RED, 16, markeredgecolor="white"), "query"), (style.mark("o", style.ORANGE, 11), "key")]
+    marks = [
+        (style.mark("*", style.RED, 16, markeredgecolor="white"), "query"),
+        (style.mark("o", style.ORANGE, 11), "key"),
+        (style.frame_mark(), "window"),
+    ]
     style.key(sheet, [*marks, *object_key(pictures)])
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story, other.story], networks)
 
@@ -278,8 +288,8 @@ def compared(t: Trace, other: Trace) -> tuple[Record, Record]:
 def queries(picture: Picture, t: Trace) -> list[tuple[float, float]]:
     """Two image pixels (row, col): one on the object, one far off it.
 
-    On: the object's pixel that is nearest to its centroid. Off: of a grid of 8 x 8 pixels the one whose nearest pixel
-    of the object is farthest. Where the object is unknown, the key of highest score stands for it.
+    On: the object's pixel that is nearest to its centroid. Off: of a grid of 6 x 6 pixels, an eighth inside the image,
+    the one whose nearest pixel of the object is farthest. Where the object is unknown, the key of highest score stands for it.
     """
     H, W = picture.shape
     if picture.mask is None:
@@ -290,21 +300,19 @@ def queries(picture: Picture, t: Trace) -> list[tuple[float, float]]:
         there = (torch.from_numpy(picture.mask[::4, ::4]).nonzero() * 4 + 0.5) * torch.tensor([H / h, W / w]) - 0.5
         there = there.clamp(min=0)
     on = there[(there - there.mean(dim=0)).norm(dim=1).argmin()]
-    grid = torch.cartesian_prod((torch.arange(8) + 0.5) * H / 8 - 0.5, (torch.arange(8) + 0.5) * W / 8 - 0.5)
+    grid = torch.cartesian_prod(*((torch.arange(1, 7) + 0.5) * side / 8 - 0.5 for side in (H, W)))
     off = grid[torch.cdist(grid, there).min(dim=1).values.argmax()]
     return [tuple(on.tolist()), tuple(off.tolist())]
 
 
 def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
-    """The query, what it may read, and its attention, the mean over the heads, as dots."""
+    """The query, the window it may read, and its attention, the mean over the heads, as dots."""
     keys = [record.keys(row, col, m) for m in range(record.heads)]
+    xy, same = torch.cat([one.xy for one in keys]).unique(dim=0, return_inverse=True)  # heads share their positions
+    weight = torch.zeros(len(xy)).index_add(0, same, torch.cat([one.weight for one in keys]).float()) / record.heads
+    xy, weight = xy[weight > NOTHING], weight[weight > NOTHING]
     if record.kind == "window":
-        style.frame(ax, keys[0].xy.numpy(), record.stride)
-        xy, weight = keys[0].xy, torch.stack([one.weight for one in keys]).mean(dim=0)
-    else:
-        xy, weight = torch.cat([one.xy for one in keys]), torch.cat([one.weight for one in keys]) / record.heads
-        xy, same = xy.unique(dim=0, return_inverse=True)  # the heads of a group share their points
-        weight = torch.zeros(len(xy)).index_add(0, same, weight)
+        style.frame(ax, xy.numpy(), record.stride)
     style.dots(ax, xy.numpy(), 2 * INK * weight.numpy(), style.ORANGE)
     style.star(ax, col, row)
 
@@ -323,7 +331,14 @@ def object_key(pictures: Sequence[Picture]) -> list:
     """The outline's place in the key, where there is one."""
     if all(picture.mask is None for picture in pictures):
         return []
-    return [(style.edge_mark(), "edge of the object (not shown to the model)")]
+    return [(style.edge_mark(), "the object (mask, not seen by the model)")]
+
+
+def points_key(record: Record) -> list:
+    """What the marks of `draw_points` mean."""
+    marks = [(style.mark("o", colour), f"points of group {g + 1}") for g, colour in enumerate(style.GROUPS)]
+    rings = style.mark("o", "none", 6, markeredgecolor="#777777", markeredgewidth=1.2)
+    return [*marks[: 2 if record.groups == 2 else 1], (rings, "reference grid")]
 
 
 def aspect_of(pictures: Sequence[Picture]) -> float:
@@ -337,13 +352,13 @@ def size_of(record: Record) -> str:
 
 
 def share(
-    kind: str, networks: dict[str, dict], trained: str, name: str | None = None, layer: str | None = None, label: str = ""
+    kind: str, networks: dict[str, dict], trained: str, label: str = "", layer: str | None = None
 ) -> dict[str, Any]:
     """A share on the object as a measure: of a layer, or of the whole network."""
     values = {key: one if layer is None else one["layers"][layer] for key, one in networks.items()}
     own = values[trained]
     return {
-        "name": name or f"{NAMES[kind]}, {label}",
+        "name": NAMES[kind] + (label and f", {label}"),
         "trained": own[kind],
         "random": {key: value[kind] for key, value in values.items() if RANDOM in key},
         "other": own[f"{kind}_other"],
@@ -369,35 +384,53 @@ def conditions(setting: Setting, pictures: Sequence[Picture], measures: Sequence
     """Weights, images, size, seed, and what was measured beside its nulls, as the end of a caption."""
     story, (H, W) = setting.subject.story, pictures[0].shape
     made = [f"{key} {story[key]}" for key in ("seed", "steps") if key in story]
-    text = f"Weights: {story['file']}{' (' + ', '.join(made) + ')' if made else ''}, {setting.subject.name} at {H} × {W}. "
-    if setting.image is None:
-        indices = ", ".join(one.name.removeprefix("test image ") for one in pictures if one.mask is not None)
-        unmeasured = [one.name for one in pictures if one.mask is None]
-        text += f"Test images {indices}"
-        text += f"; {' and '.join(unmeasured)}, not measured" if unmeasured else ""
-        text += f". Means over {measures[0]['n']} test images: "
+    text = f"{story['file']}{' (' + ', '.join(made) + ')' if made else ''} at {H} × {W}; "
+    if setting.image is not None:
+        text += f"{pictures[0].name}, of which there is no mask: "
     else:
-        text += f"Photograph: {pictures[0].name}, for which there is no mask. "
-    return text + "; ".join(map(in_words, measures)) + f". Random weights: seed {setting.seed}."
+        known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
+        unknown = [one.name for one in pictures if one.mask is None]
+        text += f"test images {', '.join(known)}" + "".join(f"; {name}, not measured" for name in unknown)
+        text += f". Mean of {measures[0]['n']} test images, random weights of seed {setting.seed}: "
+    return text + "; ".join(map(in_words, measures)) + "."
 
 
 def in_words(one: dict[str, Any]) -> str:
-    random = " / ".join(f"{value:.2f}" for value in one["random"].values())
+    random = " or ".join(f"{value:.2f}" for value in one["random"].values())
     other = "" if one["other"] is None else f", another image's mask {one['other']:.2f}"
-    return f"{one['name']} {one['trained']:.2f} (random weights {random}{other})"
+    return f"{one['name']} {one['trained']:.2f} (random {random}{other})"
 
 
-def of_the_subject(setting: Setting) -> list[str]:
-    return [] if setting.image is not None else [setting.subject.name, *setting.twins]
+def of_the_sweep(setting: Setting) -> dict[str, int]:
+    """The networks that figure 4 measures, and on how many images."""
+    return dict.fromkeys([*sweep(), LARGEST], SWEEP_COUNTS[1])
+
+
+def of_the_subject(setting: Setting) -> dict[str, int]:
+    """Those of figures 5 and 6: none on a user's photograph."""
+    return {} if setting.image is not None else dict.fromkeys([setting.subject.name, *setting.twins], setting.count)
+
+
+def with_windows(setting: Setting) -> dict[str, int]:
+    """Those of figure 7, with what stands beside DAT."""
+    label, _ = windowed(setting)
+    subject = of_the_subject(setting)
+    return subject and subject | dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
 
 
 PLANS = {
-    4: Plan("offset_range", "Figure 4 · Accuracy and attention over the offset range s", offset_range,
-            lambda setting: [*sweep(), LARGEST], of_many=True),
-    5: Plan("important_keys", "Figure 5 · The most important keys of all deformable layers", important_keys,
-            of_the_subject),
-    6: Plan("deformed_points", "Figure 6 · Deformed points, and the grid they start from", deformed_points,
-            of_the_subject),
-    7: Plan("attention", "Figure 7 · What two queries read: deformed points, or a window", attention,
-            lambda setting: [] if setting.image is not None else [*of_the_subject(setting), "windows", "its twin"]),
-}  # fmt: skip
+    4: Plan(
+        "offset_range",
+        "Figure 4 · Accuracy and attention over the offset range s",
+        offset_range,
+        of_the_sweep,
+        of_many=True,
+    ),
+    5: Plan(
+        "important_keys", "Figure 5 · The most important keys of all deformable layers", important_keys, of_the_subject
+    ),
+    6: Plan(
+        "deformed_points", "Figure 6 · Deformed points, and the grid they start from", deformed_points, of_the_subject
+    ),
+    7: Plan("attention", "Figure 7 · What two queries read: deformed points, or a window", attention, with_windows),
+}

@@ -39,7 +39,7 @@ def entry(paper: str, number: int, plan: "Plan", drawing: "Drawing", setting: "S
 
 
 def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
-    """Put a figure into the folder, with its entry among those of the other figures there; every file is replaced whole."""
+    """Put a figure into the folder, and its entry among those of the other figures there. Files are replaced whole."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
     replace(out / new["file"], picture.getvalue())

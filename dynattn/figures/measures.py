@@ -37,7 +37,7 @@ def positions(record: Record, head: int) -> Float[Tensor, "N 2"]:
     return record.points_xy(record.group(head)) if is_deformable(record) else record.cells()
 
 
-def received(record: Record, head: int) -> Float[Tensor, "N"]:
+def received(record: Record, head: int) -> Float[Tensor, " N"]:
     """Attention that each of a head's positions gets, the mean over all queries."""
     return record.weights(head).mean(dim=0)[: len(positions(record, head))]
 

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 ORANGE, BLUE, GREEN, RED, INK, PAPER = "#F28E00", "#38A8F0", "#009E73", "#E8112D", "#222222", "white"
 GROUPS = (ORANGE, BLUE)  # of offset groups
 WIDTH = 12.0
-DPI = 200
+DPI = 160
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
 GAP, EDGE, KEY, STRIP = 0.1, 0.2, 0.5, 1.75  # inches: between panels, at the rim, of the key, of a plot
 
@@ -51,8 +51,8 @@ def sheet(
 
     strips: plots under the panels, as wide as all of them, whose x is the number of the column.
     """
-    wrapped = textwrap.wrap(caption, 132, break_on_hyphens=False)
-    left = 0.85 if strips else 0.7 if row_labels else EDGE
+    wrapped = textwrap.wrap(caption, 138, break_on_hyphens=False)
+    left = 1.2 if strips else 0.7 if row_labels else EDGE
     panel = min((WIDTH - left - EDGE - GAP * (columns - 1)) / columns, 6.0 / aspect)
     panels = columns * panel + (columns - 1) * GAP
     left += (WIDTH - left - EDGE - panels) / 2
@@ -87,6 +87,7 @@ def sheet(
         plot.set_xlim(-margin, columns - 1 + margin)
         plot.spines[["top", "right"]].set_visible(False)
         plot.tick_params(labelsize=SMALL + 1, colors=INK)
+        plot.yaxis.set_label_coords(-0.55 / panels, 0.5)
     return Sheet(figure, grid_axes, plots, 1 - (height - foot - KEY / 2 - 0.05) / height)
 
 
@@ -174,7 +175,8 @@ def frame(ax: Axes, xy: Float[np.ndarray, "n 2"], stride: tuple[float, float]) -
     side = np.array(stride[::-1])
     corner, size = xy.min(axis=0) - side / 2, np.ptp(xy, axis=0) + side
     for width, colour, dashes in ((3.2, INK, "-"), (1.7, PAPER, (0, (4, 2.5)))):
-        ax.add_patch(Rectangle(corner, *size, fill=False, linewidth=width, edgecolor=colour, linestyle=dashes, zorder=3))
+        box = Rectangle(corner, *size, fill=False, linewidth=width, edgecolor=colour, linestyle=dashes, zorder=3)
+        ax.add_patch(box)
 
 
 def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_zero: bool = False) -> None:
@@ -193,10 +195,16 @@ def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_ze
 def baseline(ax: Axes, value: np.ndarray, name: str) -> None:
     """A null beside a series."""
     ax.plot(range(len(value)), value, color="#777777", linestyle="--", marker="o", markersize=4, linewidth=1.4)
-    ax.annotate(name, (len(value) - 1, value[-1]), (0, 6), textcoords="offset points", ha="right", fontsize=SMALL + 1,
-                color="#555555")  # fmt: skip
+    place = dict(textcoords="offset points", ha="center", va="top", fontsize=SMALL + 1, color="#555555")
+    ax.annotate(name, (len(value) - 1, value[-1]), (0, -6), **place)
 
 
 def edge_mark() -> Line2D:
     """The outline's mark for `key`."""
-    return Line2D([], [], color=PAPER, linewidth=2.2, path_effects=[patheffects.withStroke(linewidth=4.2, foreground=INK)])
+    halo = patheffects.withStroke(linewidth=4.2, foreground=INK)
+    return Line2D([], [], color=PAPER, linewidth=2.2, path_effects=[halo])
+
+
+def frame_mark() -> Line2D:
+    """The mark of `frame` for `key`."""
+    return Line2D([], [], color=INK, linewidth=1.7, linestyle=(0, (4, 2.5)))

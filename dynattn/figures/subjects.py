@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynattn import create_model, weights
-from dynattn.data import CLASSES, Shapes, cached, credits, normalise, photograph, read_image, to_input, to_rgb
+from dynattn.data import CLASSES, Shapes, cached, credits, normalise, photograph, read_image, to_input
 from dynattn.models.registry import check_name
 from dynattn.official import model_from
 from dynattn.tracing import trace
@@ -23,7 +23,7 @@ from .measures import evaluate_points
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
 RANDOM, ZERO = "random weights", "random weights, offsets of zero"
-CROPS = {"chelsea": (30, 0, 330, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
+CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def load_subject(file: str | Path | None = None, name: str | None = None, *, shi
     return Subject(model, found, arguments, story, own)
 
 
-def random_twin(
-    subject: Subject, seed: int, images: UInt8[np.ndarray, "n 3 H W"], **changes
-) -> nn.Module:
+def random_twin(subject: Subject, seed: int, images: UInt8[np.ndarray, "n 3 H W"], **changes) -> nn.Module:
     """The same architecture with random weights, in eval mode; `changes` are arguments of its own.
 
     Batch norms take their statistics from `images`: with those of no image at all, no signal would get through.
@@ -137,6 +135,7 @@ class Setting:
     subject: Subject
     image: Any = None
     seed: int = 0
+    progress: bool = True
     bar: tqdm | None = None
     measured: dict[str, dict] = field(default_factory=dict)
 
@@ -149,7 +148,7 @@ class Setting:
     def test_set(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, labels and masks of the test split at the model's size."""
         side = max(self.subject.size)
-        return cached(Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count), progress=False)
+        return cached(Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count), progress=self.progress)
 
     @cached_property
     def own(self) -> Picture | None:
@@ -183,10 +182,12 @@ class Setting:
         if not trace(self.subject.model, self.own.x if self.own else blank).of_kind("deformable"):
             raise ValueError(f"weights: expected a model with deformable layers, got {self.subject.name}")
 
-    def evaluation(self, network: str, model: nn.Module, layers: Sequence[str] | None = None) -> dict:
-        """`evaluate_points` of a network on the test images, once for each name of a network."""
+    def evaluation(
+        self, network: str, model: nn.Module, layers: Sequence[str] | None = None, count: int | None = None
+    ) -> dict:
+        """`evaluate_points` of a network on the first `count` test images, once for each name of a network."""
         if network not in self.measured:
-            images, labels, masks = (part[: self.count] for part in self.test_set)
+            images, labels, masks = (part[: count or self.count] for part in self.test_set)
             if self.bar is not None:
                 self.bar.set_description(network)
             self.measured[network] = evaluate_points(model, images, masks, labels, layers=layers, bar=self.bar)

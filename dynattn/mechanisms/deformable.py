@@ -253,14 +253,14 @@ class DeformableAttention(nn.Module):
             points = references.expand(B, self.groups, -1, -1)
             pooled = F.avg_pool2d(rearrange(x, "B H W C -> B C H W"), self.stride, ceil_mode=True)
             return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
-        raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))
+        raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))  # DAT-7
         cell = [1 / n if self.offset_unit == "half_cell" else 2 / max(n - 1, 1) for n in grid]
         delta = self.offset_range * raw.tanh() * raw.new_tensor(cell)  # Delta p <- s tanh(Delta p)
         points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
         if self.clamp:
             points = points.clamp(-1, 1)
         features = rearrange(x, "B H W (g c) -> (B g) c H W", g=self.groups)
-        sampled = core.sample_points(features, points.flatten(0, 1))  # DAT-8
+        sampled = core.sample_points(features, points.flatten(0, 1))  # DAT-7, DAT-8
         return rearrange(sampled, "(B g) c N -> B N (g c)", B=B), points, references
 
     def table_for(self, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "h I J"] | None:
@@ -279,6 +279,12 @@ class DeformableAttention(nn.Module):
             f"heads={self.heads}, groups={self.groups}, stride={self.stride}, offset_range={self.offset_range}, "
             f"position_bias={self.position_bias!r}, reference={self.reference!r}, offset_unit={self.offset_unit!r}"
         )
+
+
+def multiply_adds(shape: tuple[int, int], points: int, channels: int, kernel: int) -> tuple[int, int]:
+    """Omega of DAT-10 for an H x W map, N_s points and C channels: of the attention, and of its offset network."""
+    HW, N, C = shape[0] * shape[1], points, channels
+    return 2 * HW * N * C + 2 * HW * C**2 + 2 * N * C**2, (kernel**2 + 2) * N * C  # DAT-10
 
 
 def resize_fixed(

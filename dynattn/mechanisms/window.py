@@ -165,9 +165,7 @@ def window_attention_torch(
 ) -> Float[Tensor, "B h L d"]:
     """Cut the maps into windows, attend in each, join them again."""
     layout, h = Layout(shape, window, shift), q.shape[1]
-    q, k, v = (
-        rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v)
-    )
+    q, k, v = (rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v))
     z = layout.attend(q, k, v, table, scale)
     return core.split_heads(layout.join(rearrange(z, "n h T d -> n T (h d)")), h)
 

@@ -29,7 +29,16 @@ from dynattn.mechanisms.baselines import SpatialReductionAttention
 from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.deformable_detr import DeformableDetrAttention
 from dynattn.mechanisms.window import WindowAttention
-from dynattn.models.layers import Backbone, Block, ConvStem, PatchEmbedding, Stage, drop_path_rates, initialise
+from dynattn.models.layers import (
+    Backbone,
+    Block,
+    ConvStem,
+    PatchEmbedding,
+    Stage,
+    check_classes,
+    drop_path_rates,
+    initialise,
+)
 
 VARIANTS = {
     "official": dict(
@@ -95,6 +104,14 @@ class DAT(Backbone):
         super().__init__()
         core.one_of("variant", variant, tuple(VARIANTS))
         core.one_of("early", early, ("shifted", "sra"))
+        core.positive("in_chans", in_chans)
+        check_classes(num_classes)
+        if not isinstance(depths, Sequence) or not depths:
+            raise TypeError(f"depths: expected the number of blocks of every stage, got {depths!r}")
+        for depth in depths:
+            core.positive("depths", depth)
+        if not isinstance(deformable_stages, Sequence):
+            raise TypeError(f"deformable_stages: expected numbers of stages, got {deformable_stages!r}")
         given = dict(
             reference=reference, offset_unit=offset_unit, offset_norm=offset_norm, kernels=kernels, shift=shift
         )
@@ -103,15 +120,17 @@ class DAT(Backbone):
         core.one_of("reference", reading["reference"], ("centre", "corner"))
         core.one_of("offset_unit", reading["offset_unit"], ("half_cell", "cell"))
         count = len(depths)
-        ranges = [offset_range] * count if isinstance(offset_range, int | float) else list(offset_range)
+        ranges = [offset_range] * count if isinstance(offset_range, int | float) else offset_range
         by_stage = dict(
             dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"], offset_range=ranges
         )
         for name, values in by_stage.items():
-            if len(values) < count:
-                raise ValueError(f"{name}: expected {count} values, one for each stage of depths, got {tuple(values)}")
+            if not isinstance(values, Sequence) or len(values) < count:
+                raise ValueError(f"{name}: expected {count} values, one for each stage of depths, got {values!r}")
         if blocks is None:
             blocks = [_default_blocks(stage, deformable_stages, early) for stage in range(1, count + 1)]
+        if len(blocks) < count or not all(blocks):
+            raise ValueError(f"blocks: expected the attentions of each of {count} stages, got {blocks!r}")
         for kind in (kind for kinds in blocks for kind in kinds):
             core.one_of("blocks", kind, ATTENTIONS)
 

@@ -94,8 +94,16 @@ class Block(nn.Module):
 
 def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Stochastic depth that grows linearly over all blocks from 0 to `rate`, by stage and block."""
-    rates = iter(torch.linspace(0, rate, sum(depths)).tolist())
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate: expected a number from 0 to below 1, got {rate!r}")
+    rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())  # also where the model is made on "meta"
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_classes(num_classes: object) -> None:
+    """Raise TypeError or ValueError unless it is a number of classes; 0 is a model without classifier."""
+    if num_classes != 0:
+        core.positive("num_classes", num_classes)
 
 
 def initialise(module: nn.Module) -> None:
@@ -114,7 +122,7 @@ class Backbone(nn.Module):
 
     feature_info: list[dict]
 
-    def stage_maps(self, x: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B h w c"]]:
+    def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B h w c"]]:
         """The output of every stage, channels-last, highest resolution first."""
         self.check_input(x)
         x, maps = self.embed(rearrange(x, "B C H W -> B H W C")), []
@@ -124,10 +132,16 @@ class Backbone(nn.Module):
         return maps
 
     def check_input(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError unless x is a floating (B, in_chans, H, W) of some size."""
-        core.bind(x=(x, f"B {self.in_chans} H W"))
+        """Raise TypeError or ValueError unless x is a (B, in_chans, H, W) of some size, in the model's dtype.
 
-    def forward_features(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
+        NaN is let through: to look for it costs a pass over the image.
+        """
+        core.bind(x=(x, f"B {self.in_chans} H W"))
+        dtype = next(self.embed.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {dtype}, as the model's parameters are, got {x.dtype}")
+
+    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
         """The last stage's map, normalised."""
         return rearrange(self.norm(self.stage_maps(x)[-1]), "B h w c -> B c h w")
 
@@ -136,12 +150,12 @@ class Backbone(nn.Module):
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
-        x: Float[Tensor, "B 3 H W"],
+        x: Float[Tensor, "B C H W"],
         indices: int | list[int] | tuple[int, ...] | None = None,
         norm: bool = False,
         stop_early: bool = False,
@@ -179,10 +193,11 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for `num_classes`; 0 removes it. Only global average pooling ("avg") is supported."""
         core.one_of("global_pool", global_pool, (None, "avg"))
+        check_classes(num_classes)
         self.num_classes = num_classes
         reference = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(reference.device, reference.dtype)
+        self.head.apply(initialise).to(reference.device, reference.dtype)
 
 
 class Stage(nn.Module):

@@ -8,7 +8,7 @@ which mistake of the catalogue (`verify.mistakes`) gives the same wrong answer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import wraps
 from inspect import Parameter, signature
 
 import torch
@@ -18,7 +18,7 @@ from dynattn import core
 from dynattn.verify.cases import OPERATIONS, Case, case
 from dynattn.verify.mistakes import MISTAKES
 
-__all__ = ["Case", "Mismatch", "answer", "case", "check", "operations"]
+__all__ = ["Case", "Mismatch", "answer", "case", "check", "compare", "operations"]
 
 # How far a tensor may be off, relative to its largest entry, by the dtype of the function's output.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -29,18 +29,18 @@ Answer = dict[str, Tensor]  # "output" and "gradient of NAME", in the order of t
 class Mismatch(AssertionError):
     """A function that does not do what the operation does.
 
-    case: the call that shows it; where: "output" or "gradient of NAME"; index: the first number that is wrong; error: by
-    how much; mistakes: names of the catalogued mistakes that give the same answer, usually one or none.
+    case: the call that shows it; where: "output" or "gradient of NAME"; index: the first number that is wrong;
+    error: by how much; mistakes: names of the catalogued mistakes that give the same answer, usually one or none.
     """
 
     def __init__(self, case: Case, where: str, index: tuple[int, ...], error: float, what: str, mistakes: list[str]):
         self.case, self.where, self.index, self.error, self.mistakes = case, where, index, error, mistakes
+        again = f'\n  which verify.case("{case.operation}", {case.seed}) makes again' if case.seed is not None else ""
         known = f"this is what comes out with the mistake: {' or: '.join(mistakes)}"
         super().__init__(
             f"{case.operation}: the {where} is wrong: {what}\n"
             f"  {known if mistakes else 'no mistake of the catalogue gives this answer'}\n"
-            f"  in the case of {case}\n"
-            f'  which verify.case("{case.operation}", {case.seed}) makes again'
+            f"  in the case of {case}{again}"
         )
 
 
@@ -73,7 +73,7 @@ def answer(function: Callable, arguments: Mapping[str, object], options: Mapping
     return found
 
 
-def check(operation: str, function: Callable, *, cases: int = 12, seed: int = 0) -> None:
+def check(operation: str, function: Callable, *, cases: int = 20, seed: int = 0) -> None:
     """Compare a function with the loops of an operation: `cases` random calls, outputs and every gradient.
 
     The function gets tensors and shapes by position in the order of `ops`, and by keyword those options that it takes
@@ -86,19 +86,34 @@ def check(operation: str, function: Callable, *, cases: int = 12, seed: int = 0)
     if not callable(function):
         raise TypeError(f"function: expected something to call, got {type(function).__name__}")
     without = _not_taken(operation, function)
-    seeds = range(seed, seed + core.positive("cases", cases))
-    for number in seeds:
-        this = case(operation, number, without)
-        try:
-            given = _answer_to(this, function)
-        except Exception as error:
-            error.add_note(f"in the case of {this}")
-            raise
-        difference = _difference(given, _expected(operation, number, without))
-        if difference is not None:
-            order = [number, *(other for other in seeds if other != number)]
-            mistakes = _diagnose(operation, function, order, without, only_output=difference[0] == "output")
-            raise Mismatch(this, *difference, mistakes)
+    calls = [case(operation, number, without) for number in range(seed, seed + core.positive("cases", cases))]
+    for call in calls:
+        _compare(call, function, calls)
+
+
+def compare(operation: str, function: Callable, *arguments: object, **options: object) -> None:
+    """As `check`, on one call of your own: the arguments and options of the operation, without `impl`."""
+    core.one_of("operation", operation, tuple(OPERATIONS))
+    kinds = signature(OPERATIONS[operation][0]).parameters.values()
+    names = [parameter.name for parameter in kinds if parameter.kind is not Parameter.KEYWORD_ONLY]
+    if len(names) != len(arguments):
+        raise TypeError(f"arguments: expected {', '.join(names)}, got {len(arguments)}")
+    call = Case(operation, None, dict(zip(names, arguments, strict=True)), options)
+    _compare(call, function, [call])
+
+
+def _compare(call: Case, function: Callable, calls: list[Case]) -> None:
+    """Raise `Mismatch` unless the function answers a call as the loops do; `calls` are for telling mistakes apart."""
+    try:
+        given = _answer_to(call, function)
+    except Exception as error:
+        error.add_note(f"in the case of {call}")
+        raise
+    difference = _difference(given, _expected(call))
+    if difference is not None:
+        others = [other for other in calls if other is not call]
+        mistakes = _diagnose(function, [call, *others], only_output=difference[0] == "output")
+        raise Mismatch(call, *difference, mistakes)
 
 
 def _leaf(value: object) -> object:
@@ -128,28 +143,43 @@ def _not_taken(operation: str, function: Callable) -> frozenset[str]:
     return frozenset(name for name in options if name not in parameters)
 
 
-def _answer_to(this: Case, function: Callable) -> Answer:
-    """The answer of a function to a case; options at their defaults are passed where the function has no default."""
+def _answer_to(call: Case, function: Callable) -> Answer:
+    """The answer of a function to a call; options at their defaults are passed where the function has no default."""
     parameters = _parameters(function)
     needed = {
         name: value
-        for name, value in this.defaults.items()
+        for name, value in call.defaults.items()
         if name in parameters and parameters[name].default is Parameter.empty
     }
-    return answer(function, this.arguments, needed | this.options)
+    return answer(function, call.arguments, needed | call.options)
 
 
-@lru_cache(maxsize=1000)
-def _expected(operation: str, seed: int, without: frozenset[str]) -> Answer:
+def _remembered(answer_to: Callable) -> Callable:
+    """`answer_to(call, ...)`, computed once for calls that come from a seed."""
+    known: dict[tuple, Answer] = {}
+
+    @wraps(answer_to)
+    def remember(call: Case, *which: str) -> Answer:
+        if call.seed is None:
+            return answer_to(call, *which)
+        key = call.operation, call.seed, *sorted(call.options), *which
+        if key not in known:
+            known[key] = answer_to(call, *which)
+        return known[key]
+
+    return remember
+
+
+@_remembered
+def _expected(call: Case) -> Answer:
     """What the loops answer."""
-    this = case(operation, seed, without)
-    return answer(OPERATIONS[operation][0], this.arguments, this.options | {"impl": "loops"})
+    return answer(OPERATIONS[call.operation][0], call.arguments, call.options | {"impl": "loops"})
 
 
-@lru_cache(maxsize=10000)
-def _mistaken(operation: str, name: str, seed: int, without: frozenset[str]) -> Answer:
+@_remembered
+def _mistaken(call: Case, name: str) -> Answer:
     """What a catalogued mistake answers."""
-    return _answer_to(case(operation, seed, without), MISTAKES[operation][name])
+    return _answer_to(call, MISTAKES[call.operation][name])
 
 
 def _difference(
@@ -157,9 +187,7 @@ def _difference(
 ) -> tuple[str, tuple[int, ...], float, str] | None:
     """The first number of an answer that is off: (where, index, error, what), or None when all agree."""
     for name in expected if where is None else where:
-        got, want = given.get(name), expected[name]
-        if got is None:
-            continue
+        got, want = given[name], expected[name]
         if got.shape != want.shape:
             return name, (), float("inf"), f"expected shape {tuple(want.shape)}, got {tuple(got.shape)}"
         allowed = TOLERANCE[given["output"].dtype] * max(float(want.abs().max()), 1e-3)
@@ -167,24 +195,21 @@ def _difference(
         wrong = ~(error <= allowed)  # NaN is wrong too
         if wrong.any():
             index = tuple(wrong.nonzero()[0].tolist())
-            here = f"[{', '.join(map(str, index))}]"
-            what = f"at {here} {float(got[index]):.8g}, expected {float(want[index]):.8g}"
-            what += f"; off by {float(error[index]):.2g}, allowed {allowed:.2g}, {int(wrong.sum())} of {wrong.numel()} wrong"
-            return name, index, float(error[index]), what
+            off = float(error[index])
+            what = f"at [{', '.join(map(str, index))}] {float(got[index]):.8g}, expected {float(want[index]):.8g}"
+            what += f"; off by {off:.2g}, allowed {allowed:.2g}; {int(wrong.sum())} of {wrong.numel()} numbers are off"
+            return name, index, off, what
     return None
 
 
-def _diagnose(
-    operation: str, function: Callable, seeds: list[int], without: frozenset[str], only_output: bool
-) -> list[str]:
-    """The mistakes that answer as the function does, in the case that went wrong and in all the others."""
-    suspects = list(MISTAKES[operation])
-    for seed in seeds:
+def _diagnose(function: Callable, calls: list[Case], only_output: bool) -> list[str]:
+    """The catalogued mistakes that answer as the function does, to every call, the first of which went wrong."""
+    where = ["output"] if only_output else None
+    suspects = list(MISTAKES[calls[0].operation])
+    for call in calls:
         try:
-            given = _answer_to(case(operation, seed, without), function)
-        except Exception:  # it failed there in a way of its own, which tells nothing
+            given = _answer_to(call, function)
+        except Exception:  # it fails there in a way of its own, which tells nothing
             continue
-        where = ["output"] if only_output else None
-        same = lambda name: _difference(given, _mistaken(operation, name, seed, without), where) is None  # noqa: B023, E731
-        suspects = [name for name in suspects if same(name)]
+        suspects = [name for name in suspects if _difference(given, _mistaken(call, name), where) is None]
     return suspects

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from random import Random
 
 import torch
@@ -35,37 +36,38 @@ class Draw:
 
     def scale(self) -> dict[str, float]:
         """`scale` as an option, in half of the cases."""
-        return self.one({}, {"scale": self.random.uniform(0.3, 2.0)})
+        return self.one({}, {"scale": round(self.random.uniform(0.3, 2.0), 2)})
 
 
-Call = tuple[dict[str, object], dict[str, object], dict[str, object]]  # arguments, options, defaults of the options
+Call = tuple[dict[str, object], dict[str, object]]  # arguments by position, options by keyword
 
 
 def _sample_points(draw: Draw) -> Call:
     B, C, H, W = draw.size(1, 2), draw.size(1, 3), draw.size(1, 5), draw.size(1, 5)
-    return {"x": draw.normal(B, C, H, W), "points": draw.points(B, draw.size(1, 6))}, {}, {}
+    return {"x": draw.normal(B, C, H, W), "points": draw.points(B, draw.size(1, 6))}, {}
 
 
 def _dense_attention(draw: Draw) -> Call:
     B, h, L, N, d = draw.size(1, 2), draw.size(1, 3), draw.size(1, 5), draw.size(1, 5), draw.size(1, 4)
     arguments = {"q": draw.normal(B, h, L, d), "k": draw.normal(B, h, N, d), "v": draw.normal(B, h, N, d)}
     bias = draw.one({}, {"bias": draw.normal(h, L, N)}, {"bias": draw.normal(h, L, N)})
-    return arguments, bias | draw.scale(), {"bias": None, "scale": d**-0.5}
+    return arguments, bias | draw.scale()
 
 
 def _window_attention(draw: Draw) -> Call:
-    B, h, d, shape = draw.size(1, 2), draw.size(1, 2), draw.size(1, 3), (draw.size(1, 6), draw.size(1, 6))
-    window = draw.size(1, 3), draw.size(1, 3)
+    B, h, d, shape = draw.size(1, 2), draw.size(1, 2), draw.size(1, 3), (draw.size(1, 6), draw.one(1, 2, 3, 3, 5, 6))
+    window = draw.one(1, 2, 2, 3, 3), draw.one(1, 2, 2, 3, 3)
     arguments = {name: draw.normal(B, h, shape[0] * shape[1], d) for name in "qkv"}
     table = draw.normal(h, 2 * window[0] - 1, 2 * window[1] - 1)
-    arguments |= {"table": draw.one(None, table, table), "query_shape": shape}
-    shift = draw.one({}, *2 * [{"shift": tuple(draw.size(0, w - 1) for w in window)}])
-    return arguments, {"window": window} | shift | draw.scale(), {"shift": (0, 0), "scale": d**-0.5}
+    arguments |= {"table": draw.one(None, table, table, table), "query_shape": shape}
+    shift = draw.one({}, *3 * [{"shift": tuple(draw.size(0, w - 1) for w in window)}])
+    return arguments, {"window": window} | shift | draw.scale()
 
 
 def _deformable_attention(draw: Draw) -> Call:
     h, g = draw.one((1, 1), (2, 1), (2, 2), (4, 2))
-    B, d, N, shape = 1 if h > 2 else draw.size(1, 2), draw.size(1, 3), draw.size(1, 4), (draw.size(1, 3), draw.size(1, 3))
+    B = 1 if h > 2 else draw.size(1, 2)
+    d, N, shape = draw.size(1, 3), draw.size(1, 4), (draw.size(1, 3), draw.size(1, 3))
     table = draw.one((2 * shape[0] - 1, 2 * shape[1] - 1), (draw.size(1, 5), draw.size(1, 5)))
     arguments = {
         "q": draw.normal(B, h, shape[0] * shape[1], d),
@@ -75,15 +77,14 @@ def _deformable_attention(draw: Draw) -> Call:
         "table": draw.one(None, *4 * [draw.normal(h, *table)]),
         "query_shape": shape,
     }
-    options = draw.one({}, {"query_grid": "corner"}) | draw.scale()
-    return arguments, options, {"query_grid": "centre", "scale": d**-0.5}
+    return arguments, draw.one({}, {"query_grid": "corner"}) | draw.scale()
 
 
 def _detr_attention(draw: Draw) -> Call:
     B, h, d, H, W = draw.size(1, 2), draw.size(1, 2), draw.size(1, 2), draw.size(1, 4), draw.size(1, 4)
     L, K = draw.size(1, 4), draw.size(1, 4)
     v, points, weights = draw.normal(B, h, d, H, W), draw.points(B, h, L, K), draw.normal(B, h, L, K)
-    return {"v": v, "points": points, "weights": weights.softmax(dim=-1)}, {}, {}
+    return {"v": v, "points": points, "weights": weights.softmax(dim=-1)}, {}
 
 
 OPERATIONS: dict[str, tuple[Callable, Callable[[Draw], Call]]] = {
@@ -97,18 +98,25 @@ OPERATIONS: dict[str, tuple[Callable, Callable[[Draw], Call]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operation: `arguments` by position, `options` by keyword, those at their `defaults` left out."""
+    """One call of an operation: `arguments` by position, `options` by keyword. `seed` is None for a caller's own."""
 
     operation: str
-    seed: int
+    seed: int | None
     arguments: dict[str, object]
     options: dict[str, object]
-    defaults: dict[str, object]
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """What the options stand for that are not given."""
+        d = next(iter(self.arguments.values())).shape[-1]
+        every = {"bias": None, "shift": (0, 0), "query_grid": "centre", "scale": d**-0.5}
+        known = signature(OPERATIONS[self.operation][0]).parameters
+        return {name: value for name, value in every.items() if name in known}
 
     def __str__(self) -> str:
         given = self.arguments | self.options
         shown = (f"{name} {tuple(t.shape) if isinstance(t, Tensor) else t}" for name, t in given.items())
-        return f"seed {self.seed}: {', '.join(shown)}"
+        return f"{'' if self.seed is None else f'seed {self.seed}: '}{', '.join(shown)}"
 
 
 @lru_cache(maxsize=1000)
@@ -118,6 +126,5 @@ def case(operation: str, seed: int, without: frozenset[str] = frozenset()) -> Ca
     Raises ValueError for an operation that is not known.
     """
     core.one_of("operation", operation, tuple(OPERATIONS))
-    arguments, options, defaults = OPERATIONS[operation][1](Draw(seed))
-    options = {name: value for name, value in options.items() if name not in without}
-    return Case(operation, seed, arguments, options, defaults)
+    arguments, options = OPERATIONS[operation][1](Draw(seed))
+    return Case(operation, seed, arguments, {name: value for name, value in options.items() if name not in without})

@@ -67,9 +67,8 @@ def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.einsum("bhld,bhnd->bhln", q, k) * scale
 
 
-# The scale goes wrong in the same ways in every attention.
 def of_scale(form: Callable) -> dict[str, Callable]:
-    """The mistakes that attention makes with its scale."""
+    """The scale goes wrong in the same ways in every attention."""
     return {
         "scale missing": altered(form, scale=lambda a: 1.0),
         "scale applied twice": altered(form, scale=lambda a: a.scale**2),
@@ -88,7 +87,7 @@ def read(x: Tensor, points: Tensor, **how) -> Tensor:
     return F.grid_sample(x, grid, **{"align_corners": True, **how})[:, :, 0]
 
 
-def fades(points: Tensor) -> Tensor:
+def inside(points: Tensor) -> Tensor:
     """1 for points on the map, 0 for those outside."""
     return (points.abs() <= 1).all(dim=-1).to(points)
 
@@ -108,7 +107,7 @@ SAMPLE_POINTS = {
     "neighbours' weights exchanged": altered(
         sample, points=lambda a: moved(a.points, a.x.shape[2:], lambda p, n: 2 * p.floor() + 1 - p)
     ),
-    "zero at once outside, no fading": lambda x, points: sample(x, points) * fades(points)[:, None],
+    "zero at once outside, no fading": lambda x, points: sample(x, points) * inside(points)[:, None],
     "first image for the whole batch": altered(sample, x=lambda a: first_for_all(a.x, 0)),
     "first channel for all": altered(sample, x=lambda a: first_for_all(a.x, 1)),
     "gradient cut at the points": altered(sample, points=lambda a: a.points.detach()),
@@ -185,12 +184,13 @@ def on_the_map(
     dilated: bool = False,
     masked: bool = True,
     swap_bias: bool = False,
-    finish: Callable = lambda logits, own, seen, bias: (logits + bias).masked_fill(~seen, -torch.inf).softmax(-1),
+    finish: Callable | None = None,
 ) -> Callable:
     """Window attention as dense attention over the whole map, so that its parts can be changed one by one.
 
     `finish` makes weights of the logits; `own` tells which keys lie in the query's window, `seen` which it may read.
     """
+    finish = finish or masked_softmax
 
     def axis(side: int, w: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of every cell on an axis: its window, its place therein, and whether the roll took it around the edge."""
@@ -216,6 +216,11 @@ def on_the_map(
         return finish(logits(q, k, scale), own, seen, bias) @ v
 
     return wrong
+
+
+def masked_softmax(logits, own, seen, bias):
+    """How it should be."""
+    return (logits + bias).masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 def over_queries(logits, own, seen, bias):
@@ -290,7 +295,7 @@ def bias_read(
     attend: Callable = dense,
     **how,
 ) -> Callable:
-    """Deformable attention whose table is read at another displacement, for another order of queries, in another way."""
+    """Deformable attention whose table is read at another displacement, or for queries in another order."""
 
     def wrong(q, k, v, points, table, query_shape, query_grid, scale):
         if table is None:
@@ -324,7 +329,6 @@ DEFORMABLE_ATTENTION = {
     ),
     "queries counted column by column": bias_read(order="(W H)"),
     "H and W swapped": altered(deformable, query_shape=lambda a: swapped(a.query_shape)),
-    "table transposed": altered(deformable, table=lambda a: a.table.mT),
     "table read with align_corners=False": bias_read(align_corners=False),
     "table read with border padding": bias_read(padding_mode="border"),
     "table read at its nearest entry": bias_read(mode="nearest"),
@@ -349,9 +353,8 @@ def values_read(**how) -> Callable:
     """Deformable-DETR's attention whose values are sampled in another way."""
 
     def wrong(v, points, weights):
-        sampled = F.grid_sample(
-            v.flatten(0, 1), points.flip(-1).flatten(0, 1), **{"align_corners": True, **how}
-        )  # (B h, d, L, K)
+        grid = points.flip(-1).flatten(0, 1)
+        sampled = F.grid_sample(v.flatten(0, 1), grid, **{"align_corners": True, **how})  # (B h, d, L, K)
         return torch.einsum("bhlk,bhdlk->bhld", weights, sampled.unflatten(0, v.shape[:2]))
 
     return wrong
@@ -371,14 +374,12 @@ DETR_ATTENTION = {
     "only the first point is read": altered(detr, points=lambda a: first_for_all(a.points, 3)),
     "first query's points for all": altered(detr, points=lambda a: first_for_all(a.points, 2)),
     "first head's points for all": altered(detr, points=lambda a: first_for_all(a.points, 1)),
-    "points half a pixel off": altered(
-        detr, points=lambda a: moved(a.points, a.v.shape[3:], lambda p, n: p + 0.5)
-    ),
+    "points half a pixel off": altered(detr, points=lambda a: moved(a.points, a.v.shape[3:], lambda p, n: p + 0.5)),
     "align_corners=False": values_read(align_corners=False),
     "border padding instead of zeros": values_read(padding_mode="border"),
     "nearest cell": values_read(mode="nearest"),
     "all points weigh the same": altered(detr, weights=lambda a: torch.full_like(a.weights, 1 / a.weights.shape[-1])),
-    "weights not averaged over, but summed": altered(detr, weights=lambda a: torch.ones_like(a.weights)),
+    "weights ignored: points are summed": altered(detr, weights=lambda a: torch.ones_like(a.weights)),
     "softmax of the weights again": altered(detr, weights=lambda a: a.weights.softmax(-1)),
     "weights normalised over the queries": altered(detr, weights=lambda a: a.weights / a.weights.sum(2, keepdim=True)),
     "weights of the points in reverse": altered(detr, weights=lambda a: a.weights.flip(-1)),

@@ -26,7 +26,8 @@ def path(name: str) -> Path:
     Raises: ValueError where none ships under that name.
     """
     if name not in available():
-        raise ValueError(f"name: expected a model with a shipped checkpoint ({', '.join(available())}), got {name!r}")
+        shipped = ", ".join(available()) or "none"
+        raise ValueError(f"name: expected a model with a shipped checkpoint ({shipped}), got {name!r}")
     return FOLDER / f"{name}.safetensors"
 
 

@@ -1,0 +1,54 @@
+"""Make the notebooks from their sources: `python notebooks/build.py [NAME ...]`.
+
+The percent script is what one reads and edits; the notebook beside it is the same with what its cells put out. Two
+runs give the same file: no times are recorded, cells are numbered.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parent
+TIMEOUT = 120  # seconds for a cell
+
+
+def read(source: Path) -> NotebookNode:
+    """The notebook of a percent script, without outputs."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+    return notebook
+
+
+def execute(source: Path) -> NotebookNode:
+    """The notebook with its outputs. Raises what a cell raises."""
+    notebook = read(source)
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(source.parent)}},
+    )
+    client.execute()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main(names: Sequence[str]) -> None:
+    sources = [FOLDER / f"{name}.py" for name in names] or sorted(FOLDER.glob("[0-9]*.py"))
+    for source in sources:
+        nbformat.write(execute(source), source.with_suffix(".ipynb"))
+        print(source.with_suffix(".ipynb").name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

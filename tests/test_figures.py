@@ -1,0 +1,371 @@
+"""The figures: measures with known answers, and the command that draws, checks, merges and reports."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import nn
+
+from dynattn import create_model, official, tracing, weights
+from dynattn.data import CLASSES, Shapes
+from dynattn.figures import dat, draw, gallery, measures, subjects
+from dynattn.mechanisms.window import WindowAttention
+
+SMALL = dict(img_size=64, num_classes=10, dims=(16, 32, 64), depths=(1, 2, 2), heads=(2, 2, 4))
+FILES = {
+    4: "dat_4_offset_range.png",
+    5: "dat_5_important_keys.png",
+    6: "dat_6_deformed_points.png",
+    7: "dat_7_attention.png",
+}
+
+
+class Deformable(tracing.Record):
+    """A layer of one head and one group, with points and attention as given."""
+
+    kind, heads, groups = "deformable", 1, 1
+
+    def __init__(self, xy, attention, query_shape=(2, 2), reads=None, stride=4.0, references=None):
+        self.xy, self.attention = torch.tensor(xy, dtype=torch.float), torch.tensor([attention], dtype=torch.float)
+        self.points = self.xy[None]
+        self.query_shape, self.stride, self.name = query_shape, (stride, stride), f"layer {query_shape}"
+        self.read = None if reads is None else torch.tensor(reads, dtype=torch.float)
+        self.start = self.xy if references is None else torch.tensor(references, dtype=torch.float)
+
+    def group(self, head):
+        return 0
+
+    def weights(self, head=0):
+        return self.attention[head]
+
+    def points_xy(self, group=0):
+        return self.xy
+
+    def references_xy(self):
+        return self.start
+
+    def reads(self, group=0):
+        return self.read
+
+
+def left_half(side: int = 8) -> torch.Tensor:
+    mask = torch.zeros(side, side)
+    mask[:, : side // 2] = 1
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def test_a_point_counts_the_pixel_it_lies_on_and_none_outside():
+    mask = torch.zeros(4, 6)
+    mask[1, 5] = 1  # row 1, column 5
+    xy = torch.tensor([[5.0, 1.0], [5.4, 0.6], [1.0, 5.0], [5.6, 1.0], [4.4, 1.0], [-0.6, 1.0], [5.0, 4.0]])
+    assert measures.under(mask, xy).tolist() == [1, 1, 0, 0, 0, 0, 0]
+    assert measures.under(torch.ones(4, 6), torch.tensor([[-0.4, -0.4], [-0.6, 0.0], [0.0, 3.6]])).tolist() == [1, 0, 0]
+
+
+def test_shares_of_a_layer_with_known_answers():
+    points = [[1, 1], [2, 6], [6, 1], [60, 1]]  # two on the left, one on the right, one outside the image
+    attention = [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    record = Deformable(points, attention, references=[[1, 4], [2, 2], [6, 5], [60, 1]])
+    mask = left_half()
+    assert measures.points_share(record, mask) == pytest.approx(2 / 4)
+    assert measures.attention_share(record, mask) == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert measures.attention_share(record, 1 - mask) == pytest.approx(1 / 4)  # what left the image is on neither side
+    assert measures.references_share(record, mask) == pytest.approx(2 / 4)
+    assert measures.move(record) == pytest.approx((3 + 4 + 4 + 0) / 4)
+
+
+def test_share_of_a_window_layer_counts_its_cells():
+    layer = WindowAttention(8, 2, 2)
+    t = tracing.trace(Mapped(layer), torch.randn(3, 4, 4))
+    (record,) = t
+    mask = left_half(4)
+    assert measures.attention_share(record, mask) == pytest.approx(0.5)  # windows lie on one side or the other
+    assert 0 < measures.reach(record) < 2**0.5
+
+
+class Mapped(nn.Module):
+    """A layer on a map that is as large as the image."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.embed = layer, nn.Linear(3, 8)
+
+    def forward(self, x):
+        return self.layer(self.embed(rearrange(x, "B C H W -> B H W C"))).mean(dim=(1, 2))
+
+
+def test_reach_is_the_mean_distance_to_what_is_read():
+    record = Deformable([[1.5, 1.5], [5.5, 1.5]], [[1, 0], [0, 1], [1, 0], [0.5, 0.5]])  # cells at 1.5 and 5.5
+    assert measures.reach(record) == pytest.approx((0 + 0 + 4 + 0.5 * 32**0.5 + 0.5 * 4) / 4)
+
+
+def test_other_masks_are_the_mean_of_all_but_one():
+    masks = torch.eye(3, dtype=torch.bool)[:, None, :]  # one pixel each
+    assert measures.others(masks, 1).tolist() == [[0.5, 0, 0.5]]
+
+
+def test_propagated_scores_with_known_answers():
+    late = Deformable([[3, 3], [7, 7]], [[0.25, 0.75]], (1, 1), [[1], [1]], 8.0)
+    early = Deformable(
+        [[1.5, 1.5], [5.5, 1.5]],
+        [[1, 0], [1, 0], [0, 1], [0, 1]],
+        (2, 2),
+        [[1, 0, 0, 0], [0, 1, 0, 0]],
+    )
+    first = Deformable(early.xy.tolist(), [[1, 0], [0, 1], [0, 1], [0, 1]], (2, 2), early.read.tolist())
+    first.name = "first"
+    t = tracing.Trace(torch.zeros(3, 8, 8), torch.zeros(1), {one.name: one for one in (first, early, late)})
+    scores = measures.propagate(t)
+    assert list(scores) == ["first", early.name, late.name]
+    assert scores[late.name].tolist() == [[0.25, 0.75]]
+    assert scores[early.name].tolist() == [[0.5, 0.5]]  # the one cell hands a quarter to each of four
+    # Mass at `first`: half of (.25, .25, .25, .25) stays, half goes to cells 0 and 1: (.375, .375, .125, .125).
+    assert scores["first"].tolist() == [[0.375, 0.625]]
+    share = measures.propagated_share(t, scores, left_half())
+    assert share == pytest.approx((0.375 + 0.5 + 0.25) / 3)
+
+
+def test_evaluation_of_points_that_lie_where_the_mask_is(monkeypatch):
+    """A network whose points sit on the object of every image: own share 1, ratio as many times as objects differ."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (4, 3, 8, 8), dtype=np.uint8)
+    masks = np.zeros((4, 8, 8), dtype=bool)
+    for i, (row, col) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        masks[i, row : row + 4, col : col + 4] = True
+    centres = iter([[1.5, 1.5], [5.5, 1.5], [1.5, 5.5], [5.5, 5.5]])
+
+    def trace(model, x):
+        record = Deformable([next(centres)], [[1]] * 4, reads=[[1, 0, 0, 0]], references=[[3.5, 1.5]])
+        return tracing.Trace(x, torch.tensor([0.0, 1.0]), {record.name: record})
+
+    monkeypatch.setattr(measures, "trace", trace)
+    found = measures.evaluate_points(nn.Identity(), images, masks, np.array([1, 1, 1, 0]))
+    layer = found["layers"][found["best"]]
+    assert found["n"] == 4 and found["area"] == 0.25 and found["accuracy"] == 0.75
+    for values in (found, layer):
+        assert values["points"] == values["attention"] == 1 and values["points_other"] == values["attention_other"] == 0
+        assert values["references"] == pytest.approx(0.25) == pytest.approx(values["references_other"])
+        assert values["points_se"] == 0 and values["references_se"] == pytest.approx(0.25)
+    assert found["propagated"] == 1
+
+
+def test_evaluation_without_offsets_is_the_grid():
+    model = create_model("dat_mini", **SMALL).eval()
+    images, _, masks = zip(*(Shapes("easy", "test", 64)[i] for i in range(3)), strict=True)
+    found = measures.evaluate_points(model, torch.stack(images).numpy(), torch.stack(masks).numpy())
+    assert len(found["layers"]) == 2 and "accuracy" not in found
+    for layer in found["layers"].values():
+        assert layer["points"] == layer["references"] and layer["move"] == 0
+        assert layer["points_ratio"] == pytest.approx(1)  # a grid that never moves cannot tell images apart
+
+
+def test_evaluation_checks_its_arguments():
+    images, masks = np.zeros((3, 3, 8, 8), dtype=np.uint8), np.zeros((2, 8, 8), dtype=bool)
+    with pytest.raises(ValueError, match="masks: expected one for each"):
+        measures.evaluate_points(nn.Identity(), images, masks)
+    with pytest.raises(KeyError, match="no layer"):
+        measures.evaluate_points(create_model("dat_mini", **SMALL), *thin(2), layers=["stages.9"])
+
+
+def thin(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((n, 3, 64, 64), dtype=np.uint8), np.zeros((n, 64, 64), dtype=bool)
+
+
+# --------------------------------------------------------------------------------------------- what the figures rest on
+
+
+def test_random_networks_depend_on_the_seed_alone():
+    model = create_model("dat_mini", **SMALL)
+    subject = subjects.Subject(model, "dat_mini", SMALL, {})
+    images, _ = thin(2)
+    images[1] = 255
+    one, same, other = (subjects.random_twin(subject, seed, images) for seed in (0, 0, 1))
+    assert not one.training and not any(module.training for module in one.modules())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(one(x), same(x)) and not torch.equal(one(x), other(x))
+    norms = [module for module in one.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(int(norm.num_batches_tracked) == 1 for norm in norms)
+
+
+def test_pictures_show_the_scene_that_the_model_sees():
+    picture = subjects.test_picture(9, (64, 64))
+    assert picture.shape == (64, 64) and picture.shown.shape == (512, 512, 3) and picture.mask.shape == (512, 512)
+    _, label, mask = Shapes("easy", "test", 64)[9]
+    assert CLASSES[label] in picture.name
+    coarse = Image.fromarray(picture.mask).resize((64, 64), Image.Resampling.BOX)
+    assert (np.asarray(coarse, dtype=bool) ^ mask.numpy()).mean() < 0.05
+
+
+def test_queries_on_and_off_the_object():
+    mask = np.zeros((128, 128), dtype=bool)
+    mask[80:120, 16:48] = True
+    picture = subjects.Picture("", torch.zeros(3, 64, 64), np.zeros((128, 128, 3), np.uint8), mask)
+    (row, col), off = dat.queries(picture, None)
+    assert (row, col) == pytest.approx((49.5, 15.5), abs=2)
+    assert off == (11.5, 51.5)
+
+
+def test_the_queries_key_is_the_last_layer_with_windows_smaller_than_the_map():
+    window = lambda name, size, shape, stride: SimpleNamespace(  # noqa: E731
+        name=name, window=size, query_shape=shape, stride=stride
+    )
+    windows = [window("a", (4, 4), (16, 16), 4), window("b", (4, 4), (8, 8), 8), window("c", (4, 4), (4, 4), 16)]
+    deformable = [SimpleNamespace(name="d", stride=8), SimpleNamespace(name="e", stride=16)]
+    of_kind = lambda records: SimpleNamespace(of_kind=lambda kind: records)  # noqa: E731
+    one, other = dat.compared(of_kind(deformable), of_kind(windows))
+    assert (one.name, other.name) == ("d", "b")
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A folder of stand-ins for the checkpoints that ship with the package: small networks, random weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    story = dict(classes=list(CLASSES), seed=0, steps=1, accuracy=0.1)
+    files = {"dat_mini": ("dat_mini", SMALL | {"offset_zero_init": False})}
+    files |= {f"dat_sweep_s{s}": ("dat_mini", SMALL | {"offset_range": float(s)}) for s in (0, 4)}
+    files["swin_mini"] = ("swin_mini", dict(img_size=64, num_classes=10, window_size=4))
+    for file, (name, arguments) in files.items():
+        metadata = dict(name=name, arguments=arguments, command=f"dynattn train {file}", **story)
+        weights.write(folder / f"{file}.safetensors", create_model(name, **arguments).state_dict(), metadata)
+    return folder
+
+
+@pytest.fixture
+def setup(shipped, monkeypatch, tmp_path):
+    """Stand-ins for the shipped checkpoints, few images to measure, and a folder to draw into."""
+    monkeypatch.setattr(weights, "FOLDER", shipped)
+    monkeypatch.setattr(subjects.Setting, "count", property(lambda self: 4))
+    monkeypatch.setattr(subjects, "TEST_COUNT", 30)
+    monkeypatch.setattr(dat, "SWEEP_COUNTS", (8, 3))
+    monkeypatch.setenv("DYNATTN_CACHE", str(shipped / "cache"))
+    return tmp_path / "figures"
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
+    return tmp_path / "mine.png"
+
+
+def test_all_figures_with_their_conditions(setup, capsys):
+    entries = draw(out=setup)
+    assert [one["figure"] for one in entries] == [4, 5, 6, 7]
+    assert {file.name for file in setup.iterdir()} == {*FILES.values(), "conditions.json", "README.md"}
+    assert json.loads((setup / "conditions.json").read_text()) == entries
+    printed = capsys.readouterr()
+    readme = (setup / "README.md").read_text()
+    for one in entries:
+        picture = Image.open(setup / one["file"])
+        assert picture.width >= 1800 and picture.info["Title"] == one["title"]
+        assert one["file"] in readme and one["caption"] in readme and str(setup / one["file"]) in printed.out
+        assert one["weights"] and all(story["command"] in readme for story in one["weights"])
+        assert one["image_size"] == [64, 64] and one["seed_of_random_weights"] == 0 and one["versions"]["torch"]
+        for measure in one["measures"]:
+            assert measure["name"] in printed.out and measure["random"]
+            assert all(0 <= value <= 1 for value in [measure["trained"], *measure["random"].values()])
+            assert "accuracy" in measure["name"] or 0 <= measure["other"] <= 1
+    assert "100%" in printed.err
+    assert f"](/{setup}" not in readme and str(setup) not in readme  # links are relative
+
+
+def test_a_trained_network_that_starts_at_zero_offsets_is_held_against_both_starts(setup, shipped, tmp_path, capsys):
+    model = create_model("dat_mini", **SMALL | {"offset_zero_init": True})
+    file = tmp_path / "zero.safetensors"
+    weights.write(file, model.state_dict(), dict(name="dat_mini", arguments=SMALL, seed=0))
+    (entry,) = draw(only=[6], weights=file, out=setup, progress=False)
+    for measure in entry["measures"]:
+        assert list(measure["random"]) == [subjects.RANDOM, subjects.ZERO]
+    assert "random offsets / with offsets of zero" in capsys.readouterr().out
+
+
+def test_one_figure_leaves_the_others_where_they_are(setup):
+    first = draw(only=[5], out=setup, progress=False)
+    before = (setup / FILES[5]).read_bytes()
+    second = draw(only=[6], out=setup, seed=1, progress=False)
+    assert (setup / FILES[5]).read_bytes() == before
+    assert json.loads((setup / "conditions.json").read_text()) == first + second
+    (setup / FILES[5]).unlink()
+    third = draw(only=[6], out=setup, progress=False)
+    assert json.loads((setup / "conditions.json").read_text()) == third  # an entry goes with its picture
+    (setup / "conditions.json").write_text("{not json")
+    assert draw(only=[6], out=setup, progress=False) and len(gallery.read(setup)) == 1
+
+
+def test_a_photograph_of_ones_own(setup, photograph, capsys):
+    entries = draw(image=photograph, out=setup)
+    assert [one["figure"] for one in entries] == [5, 6, 7]  # figure 4 is about many images
+    for one in entries:
+        assert one["images"] == ["mine.png"] and "there is no mask" in one["caption"]
+        assert all(measure["other"] is None and measure["n"] == 1 for measure in one["measures"])
+    assert capsys.readouterr().out.count("no mask") == sum(len(one["measures"]) for one in entries)
+
+
+def test_a_published_checkpoint(setup, photograph, tmp_path):
+    """Of another size, three and six groups, and without Swin: its own windows stand beside it."""
+    model = create_model("dat_tiny")
+    torch.save({"model": published(model)}, tmp_path / "dat_tiny_in1k_224.pth")
+    entries = draw(image=photograph, weights=tmp_path / "dat_tiny_in1k_224.pth", model="dat_tiny", out=setup)
+    assert [one["figure"] for one in entries] == [5, 6, 7]
+    for one in entries:
+        assert one["weights"][0] == {"file": "dat_tiny_in1k_224.pth", "model": "dat_tiny"}
+        assert one["image_size"] == [224, 224]
+    assert "stages.2.blocks.4.attn" in entries[2]["caption"]
+
+
+def published(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights under the published names and in the published shapes."""
+    entries = official.dat_entries(model)
+    state = {entries[name].name: tensor for name, tensor in model.state_dict().items()}
+    flat = lambda t: rearrange(t, "h I J -> (I J) h")  # noqa: E731
+    return {key: flat(t) if key.endswith("relative_position_bias_table") else t for key, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(paper="dgt"), ValueError, "paper: expected one of 'dat', got 'dgt'"),
+        (dict(only=[3]), ValueError, "only: expected figures of 4, 5, 6, 7, got 3"),
+        (dict(seed=-1), ValueError, "seed: expected a whole number"),
+        (dict(image="nothing.jpg"), FileNotFoundError, "nothing.jpg"),
+        (dict(image="conftest_of_nothing"), FileNotFoundError, "conftest_of_nothing"),
+        (dict(weights="nothing.pth"), FileNotFoundError, "nothing.pth"),
+        (dict(model="dat_tini"), ValueError, "did you mean"),
+        (dict(model="dat_tiny"), ValueError, "shipped checkpoint"),
+        (dict(model="swin_mini"), ValueError, "deformable"),
+    ],
+)
+def test_wrong_arguments_fail_before_anything_is_drawn(setup, arguments, error, message):
+    with pytest.raises(error, match=message):
+        draw(out=setup, progress=False, **arguments)
+    assert not setup.exists()
+
+
+def test_arguments_that_do_not_go_together(setup, shipped, photograph):
+    with pytest.raises(ValueError, match="only: figure 4 .* takes no image"):
+        draw(only=[4], image=photograph, out=setup, progress=False)
+    with pytest.raises(ValueError, match="only: figure 4"):
+        draw(only=[4, 5], weights=shipped / "dat_mini.safetensors", out=setup, progress=False)
+    with pytest.raises(ValueError, match="model: expected dat_mini"):
+        draw(weights=shipped / "dat_mini.safetensors", model="dat_tiny", out=setup, progress=False)
+    assert not setup.exists()
+
+
+def test_figure_4_needs_its_checkpoints(setup, monkeypatch, tmp_path, shipped):
+    lonely = tmp_path / "weights"
+    lonely.mkdir()
+    (lonely / "dat_mini.safetensors").write_bytes((shipped / "dat_mini.safetensors").read_bytes())
+    monkeypatch.setattr(weights, "FOLDER", lonely)
+    with pytest.raises(FileNotFoundError, match="figure 4 needs checkpoints"):
+        draw(out=setup, progress=False)
+    assert not setup.exists()
