@@ -66,7 +66,7 @@ def _dat_entry(name: str, modules: dict[str, nn.Module]) -> Entry:
 
 
 def _dat_attention_entry(attention: nn.Module, path: str, rest: str) -> Entry:
-    as_linear = lambda t: t[:, :, 0, 0] if t.ndim == 4 else t  # noqa: E731  (they have 1 x 1 convolutions)
+    as_linear = lambda t: t[:, :, 0, 0] if t.shape[2:] == (1, 1) else t  # noqa: E731  (they have 1 x 1 convolutions)
     if rest == "table" and isinstance(attention, WindowAttention):
         side = 2 * attention.window - 1
         return Entry(
@@ -196,7 +196,7 @@ def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
         if mark in state:
             try:
                 return recognise(state)
-            except (KeyError, IndexError):  # one of its other marks is missing, or of no such shape
+            except (KeyError, IndexError, TypeError):  # one of its other marks is missing, or of no such shape
                 break
     raise ValueError(f"state_dict: none of the published models has such entries: {', '.join(list(state)[:5])}, ...")
 

@@ -12,7 +12,7 @@ from jaxtyping import config, install_import_hook
 
 CHECKED = ["core", "tracing", "mechanisms", "ops", "models", "verify"]
 if os.environ.get("DYNATTN_CHECK_SHAPES", "1") != "0":
-    install_import_hook([f"dynattn.{module}" for module in CHECKED], "beartype.beartype")
+    install_import_hook([f"dynattn.{module}" for module in CHECKED], "checking.check")
 
 from pathlib import Path  # noqa: E402  (whatever could import dynattn comes after the hook)
 

@@ -130,7 +130,7 @@ def test_integer_displacements_of_the_published_code_fall_between_entries():
     points = core.grid_points((H, 1), "centre", table).expand(1, 1, -1, -1)
     delta = torch.arange(H)[:, None] - torch.arange(H)[None, :]
     bias = relative_bias(points, table, (H, 1), "centre")[0, 0]
-    torch.testing.assert_close(bias, (H - 1) + delta * (H - 1) / H)
+    torch.testing.assert_close(bias, (H - 1) + delta.double() * (H - 1) / H)
 
 
 # ---------------------------------------------------------------------------------------------------------- the module
@@ -164,7 +164,7 @@ def test_any_map_size(options):
 
 def by_hand(module: DeformableAttention, x: torch.Tensor) -> torch.Tensor:
     """The layer from its parts: projections, offset network, sampling, attention in loops, concatenation."""
-    (B, H, W, C), G = x.shape, module.groups
+    H, W, G = x.shape[1], x.shape[2], module.groups
     grid = -(-H // module.stride), -(-W // module.stride)
     q = x @ module.q.weight.T + module.q.bias  # DAT-6
     maps = rearrange(x, "B H W (g c) -> B g c H W", g=G)
@@ -330,24 +330,37 @@ def test_offsets_false_reads_the_map_without_sampling(stride):
 
 def test_position_biases():
     """DAT-9, Table 6: relative, fixed, depthwise convolution of the queries, none."""
-    x = normal(1, 6, 5, 8)
-    modules = {kind: layer(position_bias=kind) for kind in ("relative", "fixed", "dwconv", None)}
-    for module in modules.values():
-        module.load_state_dict(modules["relative"].state_dict() | {"table": None}, strict=False) if False else None
+    modules = {kind: layer(position_bias=kind, clamp=True) for kind in ("relative", "fixed", "dwconv", None)}
     assert modules["relative"].table.shape == (4, 11, 9) and modules["fixed"].table.shape == (4, 30, 30)
     assert not hasattr(modules["dwconv"], "table") and not hasattr(modules[None], "table")
     assert layer(position_bias="fixed", stride=2).table.shape == (4, 30, 9)
-    shared = {name: value for name, value in modules[None].state_dict().items()}
+
+    x = normal(1, 6, 5, 8)
     for module in modules.values():
-        module.load_state_dict(shared, strict=False)
+        module.load_state_dict(modules[None].state_dict(), strict=False)
     plain = modules[None](x)
-    with torch.no_grad():
-        modules["relative"].table.fill_(0.3)  # the same everywhere inside: no softmax sees it
-        modules["fixed"].table.fill_(-2.0)
-    torch.testing.assert_close(modules["fixed"](x), plain)
+    for kind in ("relative", "fixed"):
+        with torch.no_grad():
+            assert not torch.allclose(modules[kind](x), plain)
+            modules[kind].table.fill_(0.3)  # the same for all keys, which a softmax does not see
+        torch.testing.assert_close(modules[kind](x), plain)
     conv = modules["dwconv"]
     extra = F.conv2d(conv.q(x).movedim(-1, 1), conv.dwconv.weight, conv.dwconv.bias, padding=1, groups=8).movedim(1, -1)
     torch.testing.assert_close(conv(x) - plain, extra @ conv.proj.weight.T)
+
+
+def test_fixed_bias_belongs_to_query_and_point():
+    """DAT-9, Table 6: row l, column n of a head's table is added to the logit of query l and point n."""
+    module, x = layer(position_bias="fixed", stride=2, offset_range=0.0, reference="corner"), normal(1, 6, 5, 8)
+    before, seen = module.table.detach().clone(), []
+    for change in (0.0, 50.0):
+        with torch.no_grad():
+            module.table.copy_(before)
+            module.table[:, 7, 4] += change
+        seen.append(module(x).flatten(1, 2)[0])
+    assert torch.equal((seen[0] != seen[1]).any(-1).nonzero()[:, 0], torch.tensor([7]))  # only query 7 notices
+    sampled = module.sample(x, module.q(x))[0][0]
+    torch.testing.assert_close(seen[1][7], module.proj(module.v(sampled[4])))  # and reads point 4 only
 
 
 def test_tables_follow_the_map():

@@ -207,20 +207,30 @@ def test_queries_on_and_off_the_object():
     mask = np.zeros((128, 128), dtype=bool)
     mask[80:120, 16:48] = True
     picture = subjects.Picture("", torch.zeros(3, 64, 64), np.zeros((128, 128, 3), np.uint8), mask)
-    (row, col), off = dat.queries(picture, None)
+    (row, col), off = dat.queries(picture)
     assert (row, col) == pytest.approx((49.5, 15.5), abs=2)
     assert off == (11.5, 51.5)
 
 
-def test_the_queries_key_is_the_last_layer_with_windows_smaller_than_the_map():
+def test_windows_are_compared_on_the_last_map_that_has_several():
     window = lambda name, size, shape, stride: SimpleNamespace(  # noqa: E731
         name=name, window=size, query_shape=shape, stride=stride
     )
     windows = [window("a", (4, 4), (16, 16), 4), window("b", (4, 4), (8, 8), 8), window("c", (4, 4), (4, 4), 16)]
-    deformable = [SimpleNamespace(name="d", stride=8), SimpleNamespace(name="e", stride=16)]
+    places = {"d": 8, "e": 8, "f": 16}
+    deformable = [SimpleNamespace(name=name, stride=n, query_shape=(64 // n, 64 // n)) for name, n in places.items()]
     of_kind = lambda records: SimpleNamespace(of_kind=lambda kind: records)  # noqa: E731
-    one, other = dat.compared(of_kind(deformable), of_kind(windows))
-    assert (one.name, other.name) == ("d", "b")
+    layers, other = dat.beside(of_kind(deformable), of_kind(windows))
+    assert ([layer.name for layer in layers], other.name) == (["d", "e"], "b")
+    layers, other = dat.beside(of_kind(deformable[2:]), of_kind(windows))
+    assert ([layer.name for layer in layers], other.name) == (["f"], "b")
+
+
+@pytest.mark.parametrize(("knows_shapes", "chosen"), [(True, "best"), (False, "last")])
+def test_layers_are_chosen_by_measure_where_there_is_one(knows_shapes, chosen):
+    found = {"layers": {"best": {"points_ratio": 2.0}, "last": {"points_ratio": 1.0}}}
+    setting = SimpleNamespace(subject=SimpleNamespace(knows_shapes=knows_shapes), trained=lambda: found)
+    assert dat.choose(setting, [SimpleNamespace(name="best"), SimpleNamespace(name="last")], "points") == chosen
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -4,7 +4,7 @@ Layers are found by their records, never by their names: any model with deformab
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,12 @@ from .measures import move, propagate, reach, received
 from .subjects import RANDOM, Picture, Setting, Subject, load_subject
 
 # Test images, chosen by their index for a spread of classes, places and backgrounds, before any model was trained.
-SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 11, 7, 28)
+SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
 SWEEP, SWIN = "dat_sweep_s", "swin_mini"
 TOP_KEYS = 40
 NOTHING = 1e-6  # a mask of -100 leaves less
 SWEEP_COUNTS = 500, 100  # test images that accuracy and attention are measured on for each s
-INK = 0.05  # share of a panel that all attention of one distribution covers with its dots
+INK = 0.06  # share of a panel that all attention of one distribution covers with its dots
 LARGEST = f"{RANDOM}, largest s"
 NAMES = {
     "points": "points on the object",
@@ -55,8 +55,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a figure is made: the stem of its file, its title, its function, and which networks it measures on how many images.
-    """
+    """How a figure is made; networks: those that it measures, and on how many images."""
 
     stem: str
     title: str
@@ -83,6 +82,7 @@ def sweep() -> dict[str, Subject]:
 def offset_range(setting: Setting) -> Drawing:
     """Figure 4: accuracy over the range s that scales the offsets, and with it the attention on the object."""
     subjects = sweep()
+    setting = replace(setting, subject=next(iter(subjects.values())))  # its size decides that of the images
     n, count = SWEEP_COUNTS
     images, labels, _ = (part[:n] for part in setting.test_set)
     found = {s: setting.evaluation(s, subject.model, count=count) for s, subject in subjects.items()}
@@ -100,24 +100,26 @@ def offset_range(setting: Setting) -> Drawing:
     ] + [share("attention", networks, s, s) for s in subjects]
 
     (picture,) = setting.pictures(SWEEP_OF)
+    traces = [trace(subject.model, picture.x) for subject in subjects.values()]
+    coarsest = [record.name for record in by_map(traces[0])[-1]]
+    layer = max(coarsest, key=lambda name: sum(one["layers"][name]["attention"] for one in found.values()))
     seeds = ", ".join(map(str, sorted({subject.story["seed"] for subject in subjects.values()})))
     caption = (
         f"One network for each s, seed {seeds}: what another seed would change is not in the bars (standard errors: "
         f"binomial over {n} test images, and over the {count} on which attention is measured, the mean of all "
-        f"deformable layers). Random weights: {networks[LARGEST]['attention']:.2f}. Photographs: {picture.name}, last "
-        f"deformable layer of the finest map; area of a dot: attention received."
+        f"deformable layers). Random weights: {networks[LARGEST]['attention']:.2f}. Photographs: {picture.name}, "
+        f"{layer}; area of a dot: attention received."
     )
-    sheet = style.sheet(1, len(subjects), PLANS[4].title, caption, column_labels=list(subjects), strips=2)
-    for ax, subject in zip(sheet.panels[0], subjects.values(), strict=True):
+    sheet = style.sheet(1, len(subjects), PLANS[4].title, caption, column_labels=list(subjects), plots=2)
+    for ax, t in zip(sheet.panels[0], traces, strict=True):
         ground(ax, picture)
-        record = last_of_each_map(trace(subject.model, picture.x))[0]
-        draw_points(ax, record)
+        draw_points(ax, t[layer])
     style.series(sheet.plots[0], 100 * accuracy, 100 * (accuracy * (1 - accuracy) / n) ** 0.5, "accuracy, %")
     style.series(
         sheet.plots[1], shares["attention"], shares["attention_se"], "attention\non the object", from_zero=True
     )
     style.baseline(sheet.plots[1], shares["attention_other"], "another image's mask")
-    style.key(sheet, [*points_key(record), *object_key([picture])])
+    style.key(sheet, [*points_key(traces[0][layer]), *object_key([picture])])
     return Drawing(
         sheet.figure, caption, [picture], measures, [subject.story for subject in subjects.values()], networks
     )
@@ -144,7 +146,7 @@ def important_keys(setting: Setting) -> Drawing:
         f"circle: how much. {conditions(setting, pictures, measures)}"
     )
     rows = -(-len(pictures) // columns)
-    sheet = style.sheet(rows, columns, PLANS[5].title, caption, aspect=aspect_of(pictures))
+    sheet = style.sheet(rows, columns, PLANS[5].title, caption, compared(measures), aspect=aspect_of(pictures))
     for ax, picture, t in zip(sheet.panels.flat, pictures, traces, strict=True):
         ground(ax, picture)
         xy, score = top_keys(t)
@@ -168,7 +170,9 @@ def top_keys(t: Trace) -> tuple[Float[Tensor, "k 2"], Float[Tensor, " k"]]:
 def deformed_points(setting: Setting) -> Drawing:
     """Figure 6: where a deformable layer of each map has moved its points, from which grid."""
     pictures = setting.pictures(POINTS_OF, ("chelsea",))
-    layers = [[record for record in last_of_each_map(trace(setting.subject.model, one.x))] for one in pictures]
+    traces = [trace(setting.subject.model, one.x) for one in pictures]
+    names = [choose(setting, records, "points") for records in by_map(traces[0])]
+    layers = [[t[name] for name in names] for t in traces]
     if setting.image is None:
         networks = setting.evaluations()
         measures = [
@@ -184,14 +188,15 @@ def deformed_points(setting: Setting) -> Drawing:
         ]
     groups = layers[0][0].groups
     caption = (
-        f"The last deformable layer of each map{', the first of its groups' * (groups > 2)}. Area of a dot: attention "
-        f"received, mean over queries and heads. {conditions(setting, pictures, measures)}"
+        f"{' and '.join(names)}: of each map the deformable layer {chosen_by(setting, 'points')}"
+        f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and heads. "
+        f"{conditions(setting, pictures, measures)}"
     )
     labels = [f"{size_of(record)}\n{record.points.shape[1]} points" for record in layers[0]]
     alone = len(pictures) == 1
     shape = (1, len(labels)) if alone else (len(labels), len(pictures))
-    names = {"column_labels": [label.replace("\n", ", ") for label in labels]} if alone else {"row_labels": labels}
-    sheet = style.sheet(*shape, PLANS[6].title, caption, aspect=aspect_of(pictures), **names)
+    beside = {"column_labels": [label.replace("\n", ", ") for label in labels]} if alone else {"row_labels": labels}
+    sheet = style.sheet(*shape, PLANS[6].title, caption, compared(measures), aspect=aspect_of(pictures), **beside)
     panels = sheet.panels.T if alone else sheet.panels
     for j, picture in enumerate(pictures):
         for i, record in enumerate(layers[j]):
@@ -201,9 +206,32 @@ def deformed_points(setting: Setting) -> Drawing:
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
-def last_of_each_map(t: Trace) -> list[Record]:
-    """The last deformable layer on each map, finest first as they run."""
-    return list({record.query_shape: record for record in t.of_kind("deformable")}.values())
+def by_map(t: Trace) -> list[list[Record]]:
+    """The deformable layers, those of one map together."""
+    layers = t.of_kind("deformable")
+    return [
+        [one for one in layers if one.query_shape == shape]
+        for shape in dict.fromkeys(one.query_shape for one in layers)
+    ]
+
+
+def choose(setting: Setting, layers: Sequence[Record], kind: str) -> str:
+    """Which of a map's deformable layers to draw, see `chosen_by`."""
+    if not setting.subject.knows_shapes:
+        return layers[-1].name
+    found = setting.trained()["layers"]
+    return max((record.name for record in layers), key=lambda name: found[name][f"{kind}_ratio"])
+
+
+def chosen_by(setting: Setting, kind: str) -> str:
+    """The rule of `choose` in words: the last one, as the paper has it, where there is nothing to measure it on."""
+    if not setting.subject.knows_shapes:
+        return "that comes last"
+    return (
+        f"whose {kind} on the object are most above another image's mask"
+        if kind == "points"
+        else ("whose attention on the object is most above another image's mask")
+    )
 
 
 def draw_points(ax: Axes, record: Record) -> None:
@@ -224,8 +252,8 @@ def attention(setting: Setting) -> Drawing:
     pictures = setting.pictures(QUERIES_OF, ("flower",))
     label, other = windowed(setting)
     traces = [(trace(setting.subject.model, one.x), trace(other.model, one.x)) for one in pictures]
-    pairs = [compared(*both) for both in traces]
-    deformable, window = pairs[0]
+    candidates, window = beside(*traces[0])
+    deformable = traces[0][0][choose(setting, candidates, "attention")]
     if setting.image is None:
         networks = setting.evaluations()
         measures = [share("attention", networks, setting.subject.name, "DAT", deformable.name)]
@@ -239,29 +267,31 @@ def attention(setting: Setting) -> Drawing:
             unmasked(setting, f"{name}, DAT", lambda t: reach(t[deformable.name])),
             unmasked(setting, f"{name}, {label}", lambda t: reach(t[window.name]), other),
         ]
-    where = "" if pictures[0].mask is not None else "First query: the key of highest score (figure 5). "
     caption = (
-        f"{where}DAT: {deformable.name}, {size_of(deformable)}. {label}: {window.name}, {size_of(window)}, the last "
-        f"layer whose windows do not cover all of it. Area of a dot: attention, mean over heads, at the same scale. "
+        f"DAT: {deformable.name}, of the {size_of(deformable)} the deformable layer {chosen_by(setting, 'attention')}. "
+        f"{label}: {window.name}, the last layer whose windows do not cover the map. Area of a dot: attention, mean over "
+        f"heads, at the same scale. "
         f"{conditions(setting, pictures, measures)}"
     )
-    asked = ["query on the object", "query off it"] if pictures[0].mask is not None else ["first query", "second query"]
-    if len(pictures) == 1:
-        shape, names = (2, 2), {"row_labels": ["DAT", label], "column_labels": asked}
-    else:
-        shape = (4, len(pictures))
-        names = {"row_labels": [f"{who}\n{query}" for query in asked for who in ("DAT", label)]}
-    sheet = style.sheet(*shape, PLANS[7].title, caption, aspect=aspect_of(pictures), **names)
-    panels = sheet.panels.T.reshape(4, 1) if len(pictures) == 1 else sheet.panels
-    for j, (picture, (t, _), pair) in enumerate(zip(pictures, traces, pairs, strict=True)):
-        for i, query in enumerate(queries(picture, t)):
-            for k, record in enumerate(pair):
-                ground(panels[2 * i + k, j], picture)
-                draw_query(panels[2 * i + k, j], record, *query)
+    asked = (
+        ["query on object", "in background"]
+        if pictures[0].mask is not None
+        else ["query at the centre", "off the centre"]
+    )
+    names = {"row_labels": ["DAT", label], "column_labels": asked * len(pictures)}
+    shape = (2, 2 * len(pictures))
+    sheet = style.sheet(
+        *shape, PLANS[7].title, caption, compared(measures), aspect=aspect_of(pictures), together=2, **names
+    )
+    for j, (picture, (t, beside_it)) in enumerate(zip(pictures, traces, strict=True)):
+        for i, record in enumerate((t[deformable.name], beside_it[window.name])):
+            for k, query in enumerate(queries(picture)):
+                ground(sheet.panels[i, 2 * j + k], picture)
+                draw_query(sheet.panels[i, 2 * j + k], record, *query)
     marks = [
         (style.mark("*", style.RED, 16, markeredgecolor="white"), "query"),
-        (style.mark("o", style.ORANGE, 11), "key"),
-        (style.frame_mark(), "window"),
+        (style.mark("o", style.ORANGE, 11), "what it reads"),
+        (style.frame_mark(), "its window"),
     ]
     style.key(sheet, [*marks, *object_key(pictures)])
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story, other.story], networks)
@@ -271,34 +301,32 @@ def windowed(setting: Setting) -> tuple[str, Subject]:
     """What stands beside DAT: a Swin that was trained like it; for other weights the model's own window layers."""
     if setting.subject.shipped:
         return "Swin", load_subject(name=SWIN)
-    return "Own windows", setting.subject
+    return "DAT's windows", setting.subject
 
 
-def compared(t: Trace, other: Trace) -> tuple[Record, Record]:
-    """A deformable and a window layer of the same stride if there are: the last ones, as long as windows are windows.
+def beside(t: Trace, other: Trace) -> tuple[list[Record], Record]:
+    """A window layer and the deformable layers of the same stride if there are any, else those of the last map.
 
-    In the last stage one window often covers the whole map: that is dense attention.
+    The last window layer whose windows do not cover its map: one window for all, as in many a last stage, is dense
+    attention.
     """
     windows = [record for record in other.of_kind("window") if record.window != record.query_shape]
     window = (windows or other.of_kind("window"))[-1]
-    deformable = t.of_kind("deformable")
-    return ([record for record in deformable if record.stride == window.stride] or deformable)[-1], window
+    maps = by_map(t)
+    return next((layers for layers in maps if layers[0].stride == window.stride), maps[-1]), window
 
 
-def queries(picture: Picture, t: Trace) -> list[tuple[float, float]]:
-    """Two image pixels (row, col): one on the object, one far off it.
+def queries(picture: Picture) -> list[tuple[float, float]]:
+    """Two image pixels (row, col): one on the object, one in the background.
 
     On: the object's pixel that is nearest to its centroid. Off: of a grid of 6 x 6 pixels, an eighth inside the image,
-    the one whose nearest pixel of the object is farthest. Where the object is unknown, the key of highest score stands for it.
+    the one whose nearest pixel of the object is farthest. Where no mask tells, the object is taken to be at the centre.
     """
     H, W = picture.shape
-    if picture.mask is None:
-        x, y = top_keys(t)[0][0].tolist()
-        there = torch.tensor([[min(max(y, 0), H - 1), min(max(x, 0), W - 1)]])
-    else:
+    there = torch.tensor([[(H - 1) / 2, (W - 1) / 2]])
+    if picture.mask is not None:
         h, w = picture.mask.shape
-        there = (torch.from_numpy(picture.mask[::4, ::4]).nonzero() * 4 + 0.5) * torch.tensor([H / h, W / w]) - 0.5
-        there = there.clamp(min=0)
+        there = (torch.from_numpy(picture.mask).nonzero()[::16] + 0.5) * torch.tensor([H / h, W / w]) - 0.5
     on = there[(there - there.mean(dim=0)).norm(dim=1).argmin()]
     grid = torch.cartesian_prod(*((torch.arange(1, 7) + 0.5) * side / 8 - 0.5 for side in (H, W)))
     off = grid[torch.cdist(grid, there).min(dim=1).values.argmax()]
@@ -306,7 +334,7 @@ def queries(picture: Picture, t: Trace) -> list[tuple[float, float]]:
 
 
 def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
-    """The query, the window it may read, and its attention, the mean over the heads, as dots."""
+    """The query (its cell's centre), the window it may read, and its attention, the mean over the heads, as dots."""
     keys = [record.keys(row, col, m) for m in range(record.heads)]
     xy, same = torch.cat([one.xy for one in keys]).unique(dim=0, return_inverse=True)  # heads share their positions
     weight = torch.zeros(len(xy)).index_add(0, same, torch.cat([one.weight for one in keys]).float()) / record.heads
@@ -314,7 +342,7 @@ def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
     if record.kind == "window":
         style.frame(ax, xy.numpy(), record.stride)
     style.dots(ax, xy.numpy(), 2 * INK * weight.numpy(), style.ORANGE)
-    style.star(ax, col, row)
+    style.star(ax, *record.cells()[record.query(row, col)].tolist())
 
 
 # ----------------------------------------------------------------------------------------------------- what they share
@@ -380,25 +408,32 @@ def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subje
     }
 
 
+def compared(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measures that have both nulls, to be drawn beside them."""
+    return [one for one in measures if one["other"] is not None]
+
+
 def conditions(setting: Setting, pictures: Sequence[Picture], measures: Sequence[dict]) -> str:
-    """Weights, images, size, seed, and what was measured beside its nulls, as the end of a caption."""
+    """Weights, images, size, seeds, as the end of a caption; without masks what was measured, too."""
     story, (H, W) = setting.subject.story, pictures[0].shape
-    made = [f"{key} {story[key]}" for key in ("seed", "steps") if key in story]
-    text = f"{story['file']}{' (' + ', '.join(made) + ')' if made else ''} at {H} × {W}; "
+    made = ", ".join(f"{key} {story[key]}" for key in ("seed", "steps") if key in story)
+    text = f"Weights: {story['file']}{made and f' ({made})'} at {H} × {W}; random weights: seed {setting.seed}. "
     if setting.image is not None:
-        text += f"{pictures[0].name}, of which there is no mask: "
-    else:
-        known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
-        unknown = [one.name for one in pictures if one.mask is None]
-        text += f"test images {', '.join(known)}" + "".join(f"; {name}, not measured" for name in unknown)
-        text += f". Mean of {measures[0]['n']} test images, random weights of seed {setting.seed}: "
-    return text + "; ".join(map(in_words, measures)) + "."
+        values = [f"{one['name']} {one['trained']:.2f} ({at_random(one)})" for one in measures]
+        return text + f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}."
+    known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
+    unknown = [one.name for one in pictures if one.mask is None]
+    text += f"Test images {', '.join(known)}. "
+    text += f"Unlike what it was trained on, not measured: {' and '.join(unknown)}. " if unknown else ""
+    text += f"Measures: shares, means over {measures[0]['n']} test images"
+    if len(measures[0]["random"]) > 1:
+        text += "; random weights with random offsets and with offsets of zero, as training starts"
+    return text + "."
 
 
-def in_words(one: dict[str, Any]) -> str:
-    random = " or ".join(f"{value:.2f}" for value in one["random"].values())
-    other = "" if one["other"] is None else f", another image's mask {one['other']:.2f}"
-    return f"{one['name']} {one['trained']:.2f} (random {random}{other})"
+def at_random(one: dict[str, Any]) -> str:
+    """What random weights gave, in words."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in one["random"].items())
 
 
 def of_the_sweep(setting: Setting) -> dict[str, int]:
@@ -407,15 +442,21 @@ def of_the_sweep(setting: Setting) -> dict[str, int]:
 
 
 def of_the_subject(setting: Setting) -> dict[str, int]:
-    """Those of figures 5 and 6: none on a user's photograph."""
+    """Those of figure 5: none on a user's photograph."""
     return {} if setting.image is not None else dict.fromkeys([setting.subject.name, *setting.twins], setting.count)
+
+
+def of_layers(setting: Setting) -> dict[str, int]:
+    """Those of figure 6, where layers are chosen by what they measure."""
+    chosen = {setting.subject.name: setting.count} if setting.subject.knows_shapes else {}
+    return of_the_subject(setting) | chosen
 
 
 def with_windows(setting: Setting) -> dict[str, int]:
     """Those of figure 7, with what stands beside DAT."""
     label, _ = windowed(setting)
-    subject = of_the_subject(setting)
-    return subject and subject | dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
+    windows = {} if setting.image is not None else dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
+    return of_layers(setting) | windows
 
 
 PLANS = {
@@ -429,8 +470,6 @@ PLANS = {
     5: Plan(
         "important_keys", "Figure 5 · The most important keys of all deformable layers", important_keys, of_the_subject
     ),
-    6: Plan(
-        "deformed_points", "Figure 6 · Deformed points, and the grid they start from", deformed_points, of_the_subject
-    ),
+    6: Plan("deformed_points", "Figure 6 · Deformed points, and the grid they start from", deformed_points, of_layers),
     7: Plan("attention", "Figure 7 · What two queries read: deformed points, or a window", attention, with_windows),
 }

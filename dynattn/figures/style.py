@@ -7,6 +7,7 @@ that it stands out from any photograph. Sizes are in inches and points of a shee
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -18,17 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-ORANGE, BLUE, GREEN, RED, INK, PAPER = "#F28E00", "#38A8F0", "#009E73", "#E8112D", "#222222", "white"
+ORANGE, BLUE, RED, INK, GREY, PAPER = "#F28E00", "#38A8F0", "#E8112D", "#222222", "#555555", "white"
 GROUPS = (ORANGE, BLUE)  # of offset groups
 WIDTH = 12.0
 DPI = 160
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
-GAP, EDGE, KEY, STRIP = 0.1, 0.2, 0.5, 1.75  # inches: between panels, at the rim, of the key, of a plot
+GAP, EDGE, KEY, PLOT, MEASURE = 0.1, 0.2, 0.5, 1.75, 0.26  # inches: between panels, at the rim; height of the rest
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure, its rows x columns panels, the plots under them, and how high its key stands."""
+    """A figure, its rows x columns panels, the plots under them, and how high its key stands (share of the height)."""
 
     figure: Figure
     panels: np.ndarray
@@ -41,25 +42,33 @@ def sheet(
     columns: int,
     title: str,
     caption: str,
+    measures: Sequence[dict[str, Any]] = (),
     *,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     aspect: float = 1.0,
-    strips: int = 0,
+    together: int = 1,
+    plots: int = 0,
 ) -> Sheet:
-    """An empty sheet of rows x columns panels; `aspect` is a panel's height over its width.
+    """A sheet, from top to bottom: title, column labels, rows x columns empty panels, plots, key, measures, caption.
 
-    strips: plots under the panels, as wide as all of them, whose x is the number of the column.
+    measures: drawn as `compare` draws them. aspect: a panel's height over its width. together: so many columns stand
+    close, apart from the next. plots: as wide as all panels; their x is the number of the column.
     """
     wrapped = textwrap.wrap(caption, 138, break_on_hyphens=False)
-    left = 1.2 if strips else 0.7 if row_labels else EDGE
-    panel = min((WIDTH - left - EDGE - GAP * (columns - 1)) / columns, 6.0 / aspect)
-    panels = columns * panel + (columns - 1) * GAP
-    left += (WIDTH - left - EDGE - panels) / 2
-    head = 0.7 + 0.35 * bool(column_labels)
-    foot = EDGE + 0.205 * len(wrapped)
-    grid = rows * panel * aspect + (rows - 1) * GAP
-    height = head + grid + strips * STRIP + 0.15 * bool(strips) + KEY + foot
+    left = 1.2 if plots else 0.7 if row_labels else EDGE
+    gaps = np.array([0.0] + [3 * GAP if together > 1 and j % together == 0 else GAP for j in range(1, columns)])
+    panel = min((WIDTH - left - EDGE - gaps.sum()) / columns, 5.5 / aspect)
+    width = columns * panel + gaps.sum()
+    left += (WIDTH - left - EDGE - width) / 2
+    x = left + np.arange(columns) * panel + gaps.cumsum()
+    y = (0.7 + 0.35 * bool(column_labels)) + np.arange(rows) * (panel * aspect + GAP)
+    plots_at = y[-1] + panel * aspect + 0.15 * bool(plots)
+    key_at = plots_at + plots * PLOT
+    measures_at = key_at + KEY
+    caption_at = measures_at + bool(measures) * (0.62 + MEASURE * len(measures))
+    height = caption_at + 0.205 * len(wrapped) + EDGE
+
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
 
@@ -71,24 +80,50 @@ def sheet(
         """Text at inches from the left and from the top."""
         figure.text(x / WIDTH, 1 - top / height, text, **{"color": INK, "fontsize": LABEL} | options)
 
-    words(left, 0.22, title, ha="left", va="top", fontsize=TITLE, weight="bold")
-    words(EDGE, height - foot + 0.02, "\n".join(wrapped), ha="left", va="top", fontsize=SMALL, color="#444444")
-    x = [left + j * (panel + GAP) for j in range(columns)]
-    y = [head + i * (panel * aspect + GAP) for i in range(rows)]
+    words(left, 0.22, title, va="top", fontsize=TITLE, weight="bold")
     for j, text in enumerate(column_labels):
-        words(x[j] + panel / 2, head - 0.09, text, ha="center", va="bottom")
+        words(x[j] + panel / 2, y[0] - 0.09, text, ha="center", va="bottom")
     for i, text in enumerate(row_labels):
         place = dict(rotation=90, ha="right", va="center", multialignment="center")
         words(left - 0.1, y[i] + panel * aspect / 2, text, **place)
-    grid_axes = np.array([[axes(x[j], y[i], panel, panel * aspect) for j in range(columns)] for i in range(rows)])
-    margin = 0.5 * panel / (panel + GAP)
-    plots = [axes(left, head + grid + 0.15 + i * STRIP, panels, STRIP - 0.3) for i in range(strips)]
-    for plot in plots:
+    words(EDGE, caption_at, "\n".join(wrapped), va="top", fontsize=SMALL, color=GREY)
+    panels = np.array([[axes(x[j], y[i], panel, panel * aspect) for j in range(columns)] for i in range(rows)])
+    lower = [axes(left, plots_at + i * PLOT, width, PLOT - 0.3) for i in range(plots)]
+    for plot in lower:
+        margin = 0.5 * panel / (panel + GAP)
         plot.set_xlim(-margin, columns - 1 + margin)
         plot.spines[["top", "right"]].set_visible(False)
         plot.tick_params(labelsize=SMALL + 1, colors=INK)
-        plot.yaxis.set_label_coords(-0.55 / panels, 0.5)
-    return Sheet(figure, grid_axes, plots, 1 - (height - foot - KEY / 2 - 0.05) / height)
+        plot.yaxis.set_label_coords(-0.55 / width, 0.5)
+    if measures:
+        compare(axes(4.6, measures_at + 0.3, WIDTH - 4.6 - 3 * EDGE, MEASURE * len(measures)), measures)
+    return Sheet(figure, panels, lower, 1 - (key_at + 0.5 * KEY - 0.03) / height)
+
+
+def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
+    """Each measure on a line from 0 to 1: trained, beside random weights and another image's mask."""
+    rows = np.arange(len(measures))[::-1]
+    for row, one in zip(rows, measures, strict=True):
+        ax.plot([0, 1], [row, row], color="#DDDDDD", linewidth=1, zorder=1)
+        nulls = [*one["random"].values(), one["other"]]
+        ax.plot([max(nulls), one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2)
+        ax.annotate(f"{one['trained']:.2f}", (max(one["trained"], max(nulls)), row), (11, 0),
+                    textcoords="offset points", va="center", fontsize=SMALL + 1, color=INK, weight="bold")  # fmt: skip
+        hollow = dict(marker="o", markersize=8, markerfacecolor=PAPER, markeredgecolor=INK, linestyle="none")
+        random = ax.plot(list(one["random"].values()), [row] * len(one["random"]), **hollow, zorder=3)
+        other = ax.plot(one["other"], row, marker="x", markersize=8, markeredgewidth=2, color=BLUE, zorder=4, ls="none")
+        own = ax.plot(
+            one["trained"], row, marker="o", markersize=11, color=ORANGE, markeredgecolor=INK, zorder=5, ls="none"
+        )
+    ax.set(xlim=(0, 1), ylim=(-0.6, len(measures) - 0.4), yticks=[])
+    ax.set_yticks(rows, [one["name"] for one in measures], fontsize=SMALL + 1, color=INK)
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"], fontsize=SMALL, color=GREY)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.legend(
+        [*own, *random, *other], ["trained", "random weights", "another image's mask"], loc="lower center", ncols=3,
+        bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=SMALL + 1, handletextpad=0.2, borderaxespad=0.1,
+    )  # fmt: skip
 
 
 def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]]) -> None:
@@ -161,8 +196,8 @@ def rings(ax: Axes, xy: Float[np.ndarray, "n 2"], size: float = 9) -> None:
 def lines(ax: Axes, start: Float[np.ndarray, "n 2"], end: Float[np.ndarray, "n 2"], colour: str) -> None:
     """A line from each start to its end."""
     segments = np.stack([start, end], axis=1)
-    ax.add_collection(LineCollection(segments, colors=INK, linewidths=2.0, alpha=0.45, zorder=3))
-    ax.add_collection(LineCollection(segments, colors=colour, linewidths=1.1, zorder=3))
+    ax.add_collection(LineCollection(segments, colors=INK, linewidths=1.9, alpha=0.35, zorder=3))
+    ax.add_collection(LineCollection(segments, colors=colour, linewidths=1.0, alpha=0.85, zorder=3))
 
 
 def star(ax: Axes, x: float, y: float) -> None:
@@ -194,8 +229,8 @@ def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_ze
 
 def baseline(ax: Axes, value: np.ndarray, name: str) -> None:
     """A null beside a series."""
-    ax.plot(range(len(value)), value, color="#777777", linestyle="--", marker="o", markersize=4, linewidth=1.4)
-    place = dict(textcoords="offset points", ha="center", va="top", fontsize=SMALL + 1, color="#555555")
+    ax.plot(range(len(value)), value, color=BLUE, linestyle="--", marker="o", markersize=4, linewidth=1.4)
+    place = dict(textcoords="offset points", ha="center", va="top", fontsize=SMALL + 1, color=GREY)
     ax.annotate(name, (len(value) - 1, value[-1]), (0, -6), **place)
 
 

@@ -193,6 +193,10 @@ class Setting:
             self.measured[network] = evaluate_points(model, images, masks, labels, layers=layers, bar=self.bar)
         return self.measured[network]
 
+    def trained(self) -> dict:
+        """The evaluation of the subject itself."""
+        return self.evaluation(self.subject.name, self.subject.model)
+
     def evaluations(self) -> dict[str, dict]:
         """Those of the subject, under its name, and of its random twins."""
         networks = {self.subject.name: self.subject.model} | self.twins

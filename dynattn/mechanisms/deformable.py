@@ -308,8 +308,10 @@ class DeformableRecord(tracing.Record):
     """One deformable layer.
 
     points (G, N, 2) and references (N, 2), normalised (row, col); q (M, L, d); k, v (M, N, d); z (M, L, d), what the
-    heads put out; attention (M, L, N). `exact` is False when a point reads the zeros outside the map, because the bias
-    of v is added to those reads too, or when "dwconv" adds a path of its own; `rest` says how large that is.
+    heads put out; attention (M, L, N). A head's row of A_eff lies on the points of its own group. `exact` is False
+    when groups differ in their points (W_v mixes the channels of all groups, so every head has a part of its values
+    from the others' points), when a point reads the zeros outside the map (the bias of v is added to those too), or
+    when "dwconv" adds a path of its own; `rest` says how large that is.
     """
 
     kind = "deformable"
@@ -346,7 +348,7 @@ class DeformableRecord(tracing.Record):
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
         """A_eff = attention x bilinear weights."""
-        return self.attention[head] @ self.reads(self.group(head))
+        return self.weights(head) @ self.reads(self.group(head))
 
     def value(self, head: int = 0) -> Float[Tensor, "S d"]:
         self.check_head(head)
@@ -359,10 +361,12 @@ class DeformableRecord(tracing.Record):
     @property
     def exact(self) -> bool:
         inside = all(bool((1 - self.reads(g).sum(dim=1)).abs().max() < 1e-5) for g in range(self.groups))
-        return inside and not self.has_conv_path
+        return inside and bool((self.points == self.points[:1]).all()) and not self.has_conv_path
 
     def points_xy(self, group: int = 0) -> Float[Tensor, "N 2"]:
-        """The deformed points of a group in image pixels (x, y)."""
+        """The deformed points of a group in image pixels (x, y); without sampling, the centres of the cells pooled."""
+        if not self.sampled:
+            return self.reads(group) @ self.cells().to(self.points)
         return self.to_image(core.to_pixels(self.points[group], self.query_shape))
 
     def references_xy(self) -> Float[Tensor, "N 2"]:

@@ -256,29 +256,32 @@ class WindowAttention(nn.Module):
 class WindowRecord(tracing.Record):
     """One window layer: q, k, v, z (h, H W, d); attention (windows, h, T, T); `window` and `shift` in cells.
 
-    Exact, unless `padding_is_read`: timm's Swin lets its queries read the padding, which is no token of the image.
+    Exact, unless padding is read, which is no token of the image: timm's Swin lets its queries do that.
     """
 
     kind = "window"
 
-    def __init__(self, q, k, v, z, bias, layout: Layout, padding_is_read: bool = False):
+    def __init__(self, q, k, v, z, bias, layout: Layout):
         """q, k, v, z as they lie in windows (n, h, T, d); of a batch the first image is kept."""
-        self.layout, self.query_shape, self.window, self.shift = layout, layout.shape, layout.window, layout.roll
-        self.heads, self.exact = q.shape[1], not padding_is_read
+        self.query_shape, self.window, self.shift, self.heads = layout.shape, layout.window, layout.roll, q.shape[1]
         windows = layout.padded[0] // layout.window[0] * (layout.padded[1] // layout.window[1])
         q, k, v, z = (t[:windows] for t in (q, k, v, z))
         self.attention = core.attention_weights(q, k, bias, q.shape[-1] ** -0.5)
         joined = (layout.join(rearrange(t, "n h T d -> n T (h d)")) for t in (q, k, v, z))
         self.q, self.k, self.v, self.z = (core.split_heads(t, self.heads)[0] for t in joined)
 
+        H, W = layout.shape
+        numbers = torch.arange(1, H * W + 1, device=q.device).reshape(1, H, W, 1)
+        self.places = layout.cut(numbers)[..., 0]  # (windows, T): which cell a token is, from 1; padding has 0
+        image, padding = self.places[:, None, :, None] > 0, self.places[:, None, None, :] == 0
+        self.exact = not bool((self.attention * (image & padding)).any())
+
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
         """Attention over the whole map; zero outside the window. Rows lack what is given to padding."""
         self.check_head(head)
-        H, W = self.query_shape
-        numbers = torch.arange(1, H * W + 1, device=self.attention.device).reshape(1, H, W, 1)
-        cells = self.layout.cut(numbers)[..., 0]  # (windows, T); padding has number 0
-        weights = self.attention.new_zeros(H * W + 1, H * W + 1)
-        weights[cells[:, :, None], cells[:, None, :]] = self.attention[:, head]
+        size = self.query_shape[0] * self.query_shape[1] + 1
+        weights = self.attention.new_zeros(size, size)
+        weights[self.places[:, :, None], self.places[:, None, :]] = self.attention[:, head]
         return weights[1:, 1:]
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L L"]:
@@ -328,9 +331,9 @@ def record_timm_swin(block: nn.Module, keep) -> list:
         rows, cols = core.relative_index(layout.window)
         table = rearrange(attention.relative_position_bias_table, "(I J) h -> h I J", I=2 * layout.window[0] - 1)
         bias = table[None, :, rows, cols]
-        if named.get("mask") is not None:
-            bias = bias + named["mask"][:, None]
-        keep(attention, WindowRecord(*qkv, z, bias, layout, padding_is_read=any(layout.padding)))
+        if named.get("mask") is not None:  # timm's -100 stands for "may not be read"
+            bias = bias.masked_fill(named["mask"][:, None] < 0, -torch.inf)
+        keep(attention, WindowRecord(*qkv, z, bias, layout))
 
     return [
         block.register_forward_pre_hook(before_block),

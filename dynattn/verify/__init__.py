@@ -20,7 +20,8 @@ from dynattn.verify.mistakes import MISTAKES
 
 __all__ = ["Case", "Mismatch", "answer", "case", "check", "compare", "operations"]
 
-# How far a tensor may be off, relative to its largest entry, by the dtype of the function's output.
+# How far a tensor may be off, relative to its largest entry, by the dtype of the function's output. What cancels to
+# zero is allowed a few roundings of the largest number around.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 Answer = dict[str, Tensor]  # "output" and "gradient of NAME", in the order of the arguments
@@ -186,11 +187,13 @@ def _difference(
     given: Answer, expected: Answer, where: Iterable[str] | None = None
 ) -> tuple[str, tuple[int, ...], float, str] | None:
     """The first number of an answer that is off: (where, index, error, what), or None when all agree."""
+    dtype = given["output"].dtype
+    rounding = 4 * torch.finfo(dtype).eps * max(float(tensor.abs().max()) for tensor in expected.values())
     for name in expected if where is None else where:
         got, want = given[name], expected[name]
         if got.shape != want.shape:
             return name, (), float("inf"), f"expected shape {tuple(want.shape)}, got {tuple(got.shape)}"
-        allowed = TOLERANCE[given["output"].dtype] * max(float(want.abs().max()), 1e-3)
+        allowed = TOLERANCE[dtype] * float(want.abs().max()) + rounding
         error = (got.double() - want.double()).abs()
         wrong = ~(error <= allowed)  # NaN is wrong too
         if wrong.any():

@@ -1,0 +1,79 @@
+"""The shipped checkpoints: they reach what they say, and their attention finds the object, seed by seed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dynattn import create_model, weights
+from dynattn.data import CLASSES, Shapes, cached
+from dynattn.figures.measures import evaluate_points
+from dynattn.official import model_from
+from dynattn.training import evaluate
+
+SEEDS = ("dat_mini", "dat_mini_seed1", "dat_mini_seed2")
+MEASURED = 60  # images on which the points are measured
+SWEEP = tuple(f"dat_sweep_s{s}" for s in (0, 1, 2, 4, 8))
+
+
+@pytest.fixture(scope="module")
+def held_out() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images with photographs that training never saw, their labels and masks."""
+    return cached(Shapes("easy", "test", 128, 1000), progress=False)
+
+
+@pytest.mark.parametrize("name", [*SEEDS, "swin_mini", *SWEEP])
+def test_a_checkpoint_tells_how_it_was_made(name):
+    """Command, seed, steps and classes stand in the file, the log beside it, and both agree."""
+    file = weights.path(name)
+    _, story = weights.read(file)
+    assert story["command"].startswith("dynattn train ") and f"--seed {story['seed']}" in story["command"]
+    assert story["classes"] == list(CLASSES)
+    assert file.stat().st_size <= 4_000_000
+    last = file.with_suffix(".csv").read_text().splitlines()[-1].split(",")
+    assert int(last[0]) == story["steps"]
+    assert float(last[-1]) == pytest.approx(story["accuracy"], abs=0.01)  # the log's is before rounding to half
+
+
+def test_dat_mini_is_small():
+    assert sum(p.numel() for p in create_model("dat_mini").parameters()) <= 1_900_000
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_attention_finds_the_object(name, held_out):
+    """Of every seed: accuracy, attention-weighted share of the best layer, and points own / mismatched.
+
+    Nulls: another image's mask, and random weights, whose share is about what the object covers.
+    """
+    images, labels, masks = (part[:MEASURED] for part in held_out)
+    _, model = model_from(weights.path(name))
+    found = evaluate_points(model, images, masks, labels)
+    attention = max(found["layers"].values(), key=lambda layer: layer["attention"])
+    assert attention["attention"] >= 0.45
+    assert attention["attention"] >= 2 * attention["attention_other"]
+    assert max(layer["points_ratio"] for layer in found["layers"].values()) >= 1.4
+
+
+@pytest.mark.parametrize("name", ["dat_mini", "swin_mini"])
+def test_accuracy_on_held_out_photographs(name, held_out):
+    """What the file says of itself is what the model does."""
+    images, labels, _ = (part[:400] for part in held_out)
+    accuracy, _ = evaluate(create_model(name, pretrained=True), images, labels)
+    claimed = weights.read(weights.path(name))[1]["accuracy"]
+    assert abs(accuracy - claimed) < 3 * (claimed * (1 - claimed) / len(labels)) ** 0.5 + 1e-3
+    if name == "dat_mini":
+        assert accuracy >= 0.8
+
+
+def test_random_weights_do_not_find_the_object(held_out):
+    """The null that the thresholds are held against: what they ask is not had for nothing."""
+    images, _, masks = (part[:20] for part in held_out)
+    torch.manual_seed(0)
+    found = evaluate_points(create_model("dat_mini", offset_zero_init=False).eval(), images, masks)
+    assert max(layer["attention"] for layer in found["layers"].values()) < 0.3
+
+
+def test_metadata_is_plain_json():
+    for name in weights.available():
+        json.dumps(weights.read(weights.path(name))[1])

@@ -1,0 +1,293 @@
+"""The tests tested: `verify.check` tells every mistake of its catalogue from the loops and names it, and no more."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from dynattn import core, ops, verify
+from dynattn.mechanisms import deformable, deformable_detr, window
+from dynattn.verify.mistakes import MISTAKES
+
+CORRECT = {
+    "sample_points": core.sample_points_torch,
+    "dense_attention": core.dense_attention_torch,
+    "window_attention": window.window_attention_torch,
+    "deformable_attention": deformable.deformable_attention_torch,
+    "detr_attention": deformable_detr.detr_attention_torch,
+}
+pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
+ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
+
+
+def test_every_operation_is_known():
+    """What `ops` offers, the oracle judges, and has a catalogue for."""
+    assert set(verify.operations()) == set(ops.__all__) == set(MISTAKES) == set(CORRECT)
+    assert all(len(mistakes) >= 15 for mistakes in MISTAKES.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- mutants
+
+
+@pytest.mark.parametrize("operation, name", ALL)
+def test_mistake_is_caught_and_named(operation, name):
+    """Killed, in outputs or in a gradient, and told apart from every other mistake."""
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check(operation, MISTAKES[operation][name])
+    assert caught.value.mistakes == [name]
+    assert caught.value.where.startswith("gradient of ") == name.startswith("gradient cut")
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("operation", CORRECT)
+def test_mistakes_are_caught_on_other_seeds(operation):
+    """The cases of the default seed are not the only ones that do: of all mistakes nearly all die on any twenty."""
+    alive = []
+    for name, mistake in MISTAKES[operation].items():
+        try:
+            verify.check(operation, mistake, seed=1000)
+            alive.append(name)
+        except verify.Mismatch:
+            pass
+    assert len(alive) <= 1
+
+
+@pytest.mark.parametrize("operation, name", ALL)
+def test_mistake_takes_what_the_torch_form_takes(operation, name):
+    """The same arguments, so that a mistake can stand in for the form."""
+    call = verify.case(operation, 3)
+    positional = list((call.arguments | call.defaults | call.options).values())
+    if operation == "window_attention":  # options in the order of the form
+        positional = [
+            *call.arguments.values(),
+            *((call.defaults | call.options)[n] for n in ("window", "shift", "scale")),
+        ]
+    expected = CORRECT[operation](*positional)
+    assert MISTAKES[operation][name](*positional).shape == expected.shape
+
+
+# ------------------------------------------------------------------------------------------------- what is right passes
+
+
+@pytest.mark.parametrize("operation", CORRECT)
+def test_correct_forms_pass(operation):
+    for function in (CORRECT[operation], getattr(ops, operation)):
+        assert verify.check(operation, function) is None
+    verify.check(operation, CORRECT[operation], seed=1000)
+
+
+def by_hand_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Somebody else's dense attention, without a bias."""
+    powers = torch.exp((q @ k.mT) * (scale or q.shape[-1] ** -0.5))
+    return (powers / powers.sum(-1, keepdim=True)) @ v
+
+
+def by_hand_sampling(x: Tensor, points: Tensor) -> Tensor:
+    """Somebody else's bilinear reading, by the four neighbours."""
+    B, C, H, W = x.shape
+    row, col = core.to_pixels(points, (H, W)).unbind(-1)
+    total = 0
+    for i in (row.floor(), row.floor() + 1):
+        for j in (col.floor(), col.floor() + 1):
+            weight = (1 - (row - i).abs()) * (1 - (col - j).abs())
+            weight = weight * ((i >= 0) & (i < H) & (j >= 0) & (j < W))
+            cell = (i.clamp(0, H - 1) * W + j.clamp(0, W - 1)).long()
+            total = total + weight[:, None] * x.flatten(2).gather(2, cell[:, None].expand(-1, C, -1))
+    return total
+
+
+def by_hand_windows(q, k, v, table, query_shape, window, shift=(0, 0), scale=None):
+    """Somebody else's window attention: dense, with a mask over the whole map."""
+    H, W = query_shape
+    labels = window_labels(query_shape, window, shift)
+    i, j = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    i, j = i.flatten(), j.flatten()
+    bias = torch.zeros(q.shape[1], H * W, H * W, dtype=q.dtype)
+    if table is not None:
+        down = (i[:, None] - i).clamp(1 - window[0], window[0] - 1) + window[0] - 1
+        right = (j[:, None] - j).clamp(1 - window[1], window[1] - 1) + window[1] - 1
+        bias = table[:, down, right]
+    bias = bias.masked_fill(labels[:, None] != labels, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def window_labels(shape, window, shift) -> Tensor:
+    """Windows that start at s - w, s, s + w, ..., so that the first of an axis is cut short; none shifts alone."""
+    starts = [(s - w) % w if side > w else 0 for side, w, s in zip(shape, window, shift, strict=True)]
+    rows, cols = ((torch.arange(n) - start) // w for n, start, w in zip(shape, starts, window, strict=True))
+    return (rows[:, None] * 1000 + cols).flatten()
+
+
+def test_functions_of_others_pass():
+    """Written without the library's forms; options that they do not take stay at their defaults."""
+    verify.check("dense_attention", by_hand_attention)
+    verify.check("dense_attention", F.scaled_dot_product_attention)  # a builtin that tells no signature
+    verify.check("sample_points", by_hand_sampling)
+    verify.check("window_attention", by_hand_windows)
+    verify.check("deformable_attention", lambda *arguments, **options: ops.deformable_attention(*arguments, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tolerance_follows_the_dtype_of_the_output(dtype):
+    def low(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return by_hand_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+
+    verify.check("dense_attention", low)
+    with pytest.raises(verify.Mismatch):
+        verify.check("dense_attention", lambda q, k, v: low(q, k, v).double())
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check("dense_attention", lambda q, k, v: low(q, k, 1.2 * v))
+    assert caught.value.mistakes == []
+
+
+# ---------------------------------------------------------------------------------------------- what a mismatch tells
+
+
+def test_message():
+    """Where, how far, in which case, which mistake; enough to see it again."""
+
+    def student(x, points):
+        out = ops.sample_points(x, points).clone()
+        out[0, 0, 0] += 0.25
+        return out
+
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check("sample_points", student, seed=7)
+    error = caught.value
+    assert isinstance(error, AssertionError)
+    assert (error.where, error.index, error.mistakes, error.case.seed) == ("output", (0, 0, 0), [], 7)
+    assert error.error == pytest.approx(0.25)
+    lines = str(error).splitlines()
+    assert lines[0].startswith("sample_points: the output is wrong: at [0, 0, 0] ") and "off by 0.25" in lines[0]
+    assert lines[1].strip() == "no mistake of the catalogue gives this answer"
+    assert lines[2].strip().startswith("in the case of seed 7: x (") and lines[3].strip().startswith(
+        "which verify.case("
+    )
+    call = verify.case("sample_points", 7)
+    wrong, right = student(*call.arguments.values()), ops.sample_points(*call.arguments.values())
+    assert f"{wrong[0, 0, 0]:.8g}, expected {right[0, 0, 0]:.8g}" in lines[0]
+
+
+def test_mistakes_made_by_others_are_named():
+    """By what they compute, however they are written; in float32 too."""
+
+    def unscaled(q, k, v):
+        return torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k), dim=-1).float() @ v.float()
+
+    def swapped(x, points):
+        grid = rearrange(points, "B N rc -> B N 1 rc")  # grid_sample wants (x, y)
+        return F.grid_sample(x, grid, align_corners=True).squeeze(-1)
+
+    for operation, function, name in [
+        ("dense_attention", unscaled, "scale missing"),
+        ("sample_points", swapped, "rows and columns swapped"),
+    ]:
+        with pytest.raises(verify.Mismatch) as caught:
+            verify.check(operation, function)
+        assert caught.value.mistakes == [name]
+
+
+def test_gradients_that_do_not_arrive():
+    for cut in ("x", "points"):
+
+        def student(x, points, cut=cut):
+            return ops.sample_points(x.detach() if cut == "x" else x, points.detach() if cut == "points" else points)
+
+        with pytest.raises(verify.Mismatch, match=f"the gradient of {cut} is wrong") as caught:
+            verify.check("sample_points", student)
+        assert caught.value.mistakes == [f"gradient cut at the {'map' if cut == 'x' else 'points'}"]
+    with pytest.raises(verify.Mismatch, match="the gradient of x is wrong") as caught:
+        verify.check("sample_points", torch.no_grad()(ops.sample_points))
+    assert caught.value.mistakes == []
+
+
+def test_wrong_shapes_and_numbers_that_are_none():
+    with pytest.raises(verify.Mismatch, match=r"the output is wrong: expected shape \(.*\), got \(") as caught:
+        verify.check("sample_points", lambda x, points: ops.sample_points(x, points).mT)
+    assert caught.value.error == float("inf")
+    with pytest.raises(verify.Mismatch, match=r"at \[0, 0, 0\] nan, expected"):
+        verify.check("sample_points", lambda x, points: ops.sample_points(x, points) * torch.nan)
+
+
+def test_errors_of_the_function_come_through():
+    """With a note of the case, and nothing swallowed."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        verify.check("sample_points", lambda x, points: 1 / 0)
+    assert caught.value.__notes__[0].startswith("in the case of seed 0: x (")
+    with pytest.raises(TypeError, match="function: expected to return a floating tensor, got list"):
+        verify.check("sample_points", lambda x, points: [])
+    with pytest.raises(TypeError, match="function: expected to return a floating tensor, got torch.int64"):
+        verify.check("sample_points", lambda x, points: x.long())
+
+
+def test_a_function_that_fails_elsewhere_is_still_diagnosed():
+    """Wrong in its first case, raising in the next: the first is what is told."""
+    asked = []
+
+    def student(q, k, v):
+        asked.append(q)
+        if len({id(q.untyped_storage()) for q in asked}) > 1 and q.shape != asked[0].shape:
+            raise RuntimeError("odd sizes are not supported")
+        return by_hand_attention(q, k, v, scale=1.0)
+
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check("dense_attention", student)
+    assert "scale missing" in caught.value.mistakes
+
+
+def test_comparison_on_inputs_of_ones_own():
+    x, points = torch.rand(1, 2, 3, 4), torch.rand(1, 5, 2)
+    verify.compare("sample_points", core.sample_points_torch, x.double(), points.double())
+    with pytest.raises(verify.Mismatch, match="rows and columns swapped") as caught:
+        verify.compare(
+            "sample_points", MISTAKES["sample_points"]["rows and columns swapped"], x.double(), points.double()
+        )
+    assert caught.value.case.seed is None and "verify.case" not in str(caught.value)
+    with pytest.raises(TypeError, match="arguments: expected x, points, got 1"):
+        verify.compare("sample_points", core.sample_points_torch, x)
+
+
+def test_cases_are_the_same_every_time():
+    for operation in verify.operations():
+        once, again = (verify.answer(getattr(ops, operation), c.arguments, c.options) for c in both(operation))
+        assert all(torch.equal(once[key], again[key]) for key in once)
+
+
+def both(operation: str) -> list[verify.Case]:
+    """A case, and the same drawn anew."""
+    first = verify.case(operation, 5)
+    verify.cases.case.cache_clear()
+    return [first, verify.case(operation, 5)]
+
+
+def test_checking_leaves_the_cases_alone():
+    """A function cannot change what the next one is given."""
+    before = {name: t.clone() for name, t in verify.case("dense_attention", 0).arguments.items()}
+    with pytest.raises(RuntimeError, match="in-place"):
+        verify.check("dense_attention", lambda q, k, v: (q.mul_(2) @ k.mT).softmax(-1) @ v)
+    after = verify.case("dense_attention", 0).arguments
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: verify.check("sampling", abs),
+            ValueError,
+            r"operation: expected one of 'sample_points', .*, got 'sampling'",
+        ),
+        (lambda: verify.case("sampling", 0), ValueError, r"operation: expected one of"),
+        (lambda: verify.check("sample_points", 3), TypeError, r"function: expected something to call, got int"),
+        (lambda: verify.check("sample_points", abs, cases=0), ValueError, r"cases: expected at least 1, got 0"),
+        (
+            lambda: verify.check("window_attention", lambda q, k, v, table, query_shape: q),
+            TypeError,
+            r"function: window_attention needs a parameter 'window'; there are q, k, v, table, query_shape",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
