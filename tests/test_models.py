@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 import subprocess
 import sys
 import textwrap
@@ -26,7 +25,8 @@ SMALL = dict(
     img_size=64, num_classes=5, dims=(16, 32, 64), depths=(2, 2, 2), heads=(2, 2, 4), groups=(1, 2, 2), window=3
 )
 
-PLAIN = dict(conv_stem=False, local_convs=False, conv_embedding=False, offset_zero_init=False, clamp=False, kernels=None)
+PLAIN = dict(conv_stem=False, local_convs=False, conv_embedding=False, offset_zero_init=False, clamp=False)
+PLAIN |= dict(kernels=None)
 
 
 def small(**options) -> nn.Module:
@@ -104,7 +104,7 @@ def test_names_are_strings(name, unchecked):
         ("num_classes", -1, ValueError, "num_classes: expected at least 1, got -1"),
         ("in_chans", 0, ValueError, "in_chans: expected at least 1, got 0"),
         ("img_size", "224", TypeError, "img_size: expected a whole number or a pair (rows, columns), got '224'"),
-        ("img_size", (1, 2, 3), TypeError, "img_size: expected a whole number or a pair (rows, columns), got (1, 2, 3)"),
+        ("img_size", (1, 2, 3), TypeError, "img_size: expected a whole number or a pair (rows, columns), got (1, 2"),
         ("img_size", 64.0, TypeError, "img_size: expected a whole number or a pair (rows, columns), got 64.0"),
         ("img_size", 0, ValueError, "img_size[0]: expected at least 1, got 0"),
         ("img_size", (8, -1), ValueError, "img_size[1]: expected at least 1, got -1"),
@@ -120,7 +120,7 @@ def test_names_are_strings(name, unchecked):
         ("strides", (1, 1, 0), ValueError, "stride: expected at least 1, got 0"),
         ("kernels", (4, 4, 4), ValueError, "kernel: expected an odd number, got 4"),
         ("offset_range", -1, ValueError, "offset_range: expected a finite number of at least 0, got -1"),
-        ("offset_range", (1, 2), ValueError, "offset_range: expected 3 values, one for each stage of depths, got (1, 2)"),
+        ("offset_range", (1, 2), ValueError, "offset_range: expected 3 values, one for each stage of depths, got (1,"),
         ("offset_range", None, ValueError, "offset_range: expected 3 values"),
         ("reference", "center", ValueError, "reference: expected one of 'centre', 'corner', got 'center'"),
         ("offset_unit", "pixel", ValueError, "offset_unit: expected one of 'half_cell', 'cell', got 'pixel'"),
@@ -426,7 +426,9 @@ def test_an_answer_does_not_depend_on_the_mode_of_a_model_without_drop_path():
     assert torch.equal(answer(model), answer(model.train()))
 
 
-@pytest.mark.parametrize("options", [{}, dict(variant="paper"), dict(position_bias="dwconv"), dict(offsets=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(variant="paper"), dict(position_bias="dwconv"), dict(offsets=False)], ids=str
+)
 def test_bfloat16_autocast(options):
     model = small(**options).float()
     images = deterministic.image(2, 64).float()
@@ -597,7 +599,7 @@ def test_pretrained_with_options_that_need_other_weights(shipped):
 
 
 def test_models_without_a_checkpoint_name_those_that_have_one(shipped):
-    with pytest.raises(ValueError, match=r"name: expected a model with a shipped checkpoint \(dat_mini\), got 'dat_tiny'"):
+    with pytest.raises(ValueError, match=r"name: expected a model with a shipped checkpoint \(dat_mini\), got 'dat_t"):
         dynattn.create_model("dat_tiny", pretrained=True)
 
 

@@ -189,8 +189,8 @@ def deformed_points(setting: Setting) -> Drawing:
     groups = layers[0][0].groups
     caption = (
         f"{' and '.join(names)}: of each map the deformable layer {chosen_by(setting, 'points')}"
-        f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and heads. "
-        f"{conditions(setting, pictures, measures)}"
+        f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and "
+        f"heads. {conditions(setting, pictures, measures)}"
     )
     labels = [f"{size_of(record)}\n{record.points.shape[1]} points" for record in layers[0]]
     alone = len(pictures) == 1
@@ -225,12 +225,10 @@ def choose(setting: Setting, layers: Sequence[Record], kind: str) -> str:
 
 def chosen_by(setting: Setting, kind: str) -> str:
     """The rule of `choose` in words: the last one, as the paper has it, where there is nothing to measure it on."""
-    if not setting.subject.knows_shapes:
-        return "that comes last"
     return (
-        f"whose {kind} on the object are most above another image's mask"
-        if kind == "points"
-        else ("whose attention on the object is most above another image's mask")
+        f"with most {kind} on the object beside another image's mask"
+        if setting.subject.knows_shapes
+        else "that comes last"
     )
 
 
@@ -269,9 +267,8 @@ def attention(setting: Setting) -> Drawing:
         ]
     caption = (
         f"DAT: {deformable.name}, of the {size_of(deformable)} the deformable layer {chosen_by(setting, 'attention')}. "
-        f"{label}: {window.name}, the last layer whose windows do not cover the map. Area of a dot: attention, mean over "
-        f"heads, at the same scale. "
-        f"{conditions(setting, pictures, measures)}"
+        f"{label}: {window.name}, the last layer whose windows do not cover the map. Area of a dot: attention, mean "
+        f"over heads, at the same scale. {conditions(setting, pictures, measures)}"
     )
     asked = (
         ["query on object", "in background"]
