@@ -11,14 +11,17 @@
 
 # %%
 import inspect
+import io
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import torch
-from IPython.display import Markdown, display
-from PIL import Image
+from IPython.display import Image, Markdown, display
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
 import dynattn
 from dynattn import cost, weights
@@ -29,9 +32,20 @@ torch.set_num_threads(1)  # the tensors are small: threads would only wait for e
 plt.rcParams.update({"figure.dpi": 100, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
 
 
+HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
+
+
 def say(text: str) -> None:
     """Text with computed numbers in it."""
     display(Markdown(text))
+
+
+def show(figure: Figure) -> None:
+    """A figure of photographs, as JPEG: a fifth of the size."""
+    plt.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="jpeg", dpi=90, pil_kwargs={"quality": 88})
+    display(Image(picture.getvalue()))
 
 
 # %% [markdown]
@@ -67,9 +81,10 @@ MECHANISMS = {
     "Deformable-DETR": dict(blocks=[["deformable_detr"]], detr_points=(8,)),
 }
 
-scene = Shapes("easy", "test", SIDE)[8][0]
-sharp = Shapes("easy", "test", 512)[8][0].movedim(0, -1).numpy()  # the same scene, for the pictures
-query = (24, 26)  # a pixel of the image: row, column
+scene = Shapes("easy", "test", SIDE)[1][0]
+sharp, _, sharp_mask = (part.numpy() for part in map(torch.as_tensor, Shapes("easy", "test", 512)[1]))
+sharp = np.moveaxis(sharp, 0, -1)  # the same scene for the pictures, which the network sees at a lower resolution
+query = (38, 24)  # a pixel of the image: row, column
 
 records = {}
 for name, options in MECHANISMS.items():
@@ -88,11 +103,11 @@ for column, (name, record) in zip(axes.T, records.items(), strict=True):
     column[0].scatter(*keys.xy.T, s=400 * keys.weight / keys.weight.sum() + 3, color=style.ORANGE, linewidths=0)
     style.star(column[0], *query[::-1])
     matrix = record.effective_matrix().sqrt()
-    column[1].imshow(matrix, cmap="magma_r", vmin=0, vmax=matrix.max(), interpolation="nearest")
+    column[1].imshow(matrix, cmap=HEAT, vmin=0, vmax=matrix.max(), interpolation="nearest")
     column[1].axhline(record.query(*query), color=style.RED, linewidth=1.2)
     column[1].set(xticks=[], yticks=[], xlabel=r"tokens")
 axes[1, 0].set_ylabel("queries")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # Above: what the query at the star reads. Below: $A_\text{eff}$, dark where the weight is large (square root, so that
@@ -111,9 +126,8 @@ for name, record in records.items():
 say("\n".join(rows))
 
 # %% [markdown]
-# Spatial reduction is the exception that says so: its values pass a strided convolution, and no matrix over the tokens
-# of the map can stand for that. A deformable layer is exact while its points are on the map; beyond the edge it reads
-# zeros, and the bias of its value projection is added to them.
+# Spatial reduction is the exception that says so. The product fits, but its $V$ is not made of the tokens' own values:
+# these pass a strided convolution, so what stands there are the coarser map's tokens, repeated over their cells.
 #
 # ## A trained model
 #
@@ -122,8 +136,7 @@ say("\n".join(rows))
 # %%
 model = dynattn.create_model("dat_mini", pretrained=True)
 story = weights.read(weights.path("dat_mini"))[1]
-image, label, mask = Shapes("easy", "test", 128)[8]
-sharp_mask = Shapes("easy", "test", 512)[8][2].numpy()
+image, label, mask = Shapes("easy", "test", 128)[1]
 trace = dynattn.trace(model, image)  # or a path, a PIL image, an array
 
 parameters = sum(p.numel() for p in model.parameters())
@@ -166,7 +179,7 @@ for ax, (title, (record, head)), colour in zip(axes, asked.items(), [style.ORANG
     style.dots(ax, keys.xy.numpy(), 0.05 * keys.weight.numpy(), colour)
     style.star(ax, col, row)
     ax.set_title(title)
-plt.show()
+show(figure)
 
 shares = [float(keys.weight[mask[tuple(keys.xy.round().long().clamp(0, 127).flip(-1).T)]].sum())
           for keys in (record.keys(row, col, head) for record, head in asked.values())]  # fmt: skip
@@ -183,12 +196,12 @@ say(
 figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
 for pair, record in zip(axes.reshape(2, 2), (window, deformable), strict=True):
     A = record.effective_matrix()
-    pair[0].imshow(A.sqrt(), cmap="magma_r", interpolation="nearest")
+    pair[0].imshow(A.sqrt(), cmap=HEAT, interpolation="nearest")
     pair[0].axhline(record.query(row, col), color=style.RED, linewidth=1.2)
     pair[0].set(title=f"{record.kind}, $A_\\mathrm{{eff}}$", xlabel="tokens", ylabel="queries", xticks=[], yticks=[])
-    pair[1].imshow(A[record.query(row, col)].reshape(record.query_shape).sqrt(), cmap="magma_r", interpolation="nearest")
+    pair[1].imshow(A[record.query(row, col)].reshape(record.query_shape).sqrt(), cmap=HEAT, interpolation="nearest")
     pair[1].set(title="the red row, as a map", xticks=[], yticks=[])
-plt.show()
+show(figure)
 
 for record in (window, deformable):
     rest = max(record.rest(head) for head in range(record.heads))
@@ -218,7 +231,7 @@ for ax, (r, c), title in zip(axes, [(row, col), far], ["a query on the object", 
     style.outline(ax, sharp_mask, (128, 128))
     style.star(ax, c, r)
     ax.set_title(f"{title}: {float(heat[mask].sum()):.0%} from the object")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # ## The published models
@@ -257,14 +270,16 @@ say(f"`dynattn.list_models()`: {', '.join(f'`{name}`' for name in dynattn.list_m
 # %%
 gallery = Path("../figures")
 entries = json.loads((gallery / "conditions.json").read_text())
-figure, axes = plt.subplots(2, 2, figsize=(15, 13), layout="constrained")
-for ax, entry in zip(axes.flat, entries, strict=True):
-    picture = Image.open(gallery / entry["file"]).convert("RGB")
-    picture.thumbnail((760, 760))
-    ax.imshow(np.asarray(picture))
-    ax.set_title(entry["title"], fontsize=12)
-    ax.axis("off")
-plt.show()
+pictures = [PIL.Image.open(gallery / entry["file"]).convert("RGB") for entry in entries]
+for picture in pictures:
+    picture.thumbnail((640, 900))
+heights = [max(pair.height for pair in pictures[i : i + 2]) for i in (0, 2)]
+wall = PIL.Image.new("RGB", (2 * 640 + 40, sum(heights) + 40), "white")
+for i, picture in enumerate(pictures):
+    wall.paste(picture, (i % 2 * 680, (i // 2) * (heights[0] + 40)))
+small = io.BytesIO()
+wall.save(small, format="jpeg", quality=85)
+display(Image(small.getvalue()))
 
 rows = ["| figure | measure | trained | random weights | another image's mask |", "| --- " * 5 + "|"]
 for entry in entries:

@@ -1,0 +1,70 @@
+"""The floors of `dynattn bench`, held at 80 % of what they are: machines that test are busy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynattn import bench
+
+ROOT = Path(__file__).parents[1]
+
+
+def measured(call: str) -> float:
+    """A benchmark in a process of its own, where annotations are not checked and threads are not counted."""
+    program = f"from dynattn import bench; print(bench.{call})"
+    return float(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True).stdout)
+
+
+@pytest.mark.speed
+def test_a_multiply_add_of_ours_costs_what_one_of_swin_costs():
+    assert measured("model(rounds=4)") <= 1.25 / 0.8
+
+
+@pytest.mark.speed
+def test_import_is_as_fast_as_torch_s():
+    assert measured("imports(rounds=3)") <= 1.3 / 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.speed
+def test_figures_take_less_than_three_minutes():
+    assert measured("figures()") <= 180 / 0.8
+
+
+def test_times_are_the_shortest_of_all_rounds_and_taken_in_turn():
+    order, times = [], {"a": iter([3.0, 1.0, 2.0]), "b": iter([5.0, 6.0, 4.0])}
+
+    def timed(name):
+        return lambda: order.append(name) or next(times[name])
+
+    assert bench.in_turn(timed("a"), timed("b"), 3) == (1.0, 4.0)
+    assert order == ["a", "b"] * 3
+
+
+def test_the_printed_table(capsys, monkeypatch):
+    numbers = {"model": 0.97, "import": 1.31, "figures": 60.0}
+    fakes = {name: one._replace(measure=lambda name=name: numbers[name]) for name, one in bench.BENCHMARKS.items()}
+    monkeypatch.setattr(bench, "BENCHMARKS", fakes)
+    bench.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["model", "import"]
+    assert lines[1].endswith("0.97 x     1.25 x") and lines[2].endswith("1.31 x     1.30 x   too slow")
+    bench.main(["figures"])
+    assert capsys.readouterr().out.splitlines()[1].endswith("60.00 s   180.00 s")
+
+
+@pytest.mark.parametrize("names", [["modle"], ["model", "gpu"]])
+def test_unknown_names(names):
+    with pytest.raises(ValueError, match="names: expected some of model, import, figures, got '(modle|gpu)'"):
+        bench.main(names)
+
+
+def test_threads_are_given_back():
+    import torch
+
+    before = torch.get_num_threads()
+    with bench.threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -1,0 +1,118 @@
+"""DAT where timm's models are used: its registry, feature extraction, torchvision's detectors, decoders."""
+
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import dynattn
+from dynattn.models.dat import DAT
+
+OURS = ["dat_base", "dat_base_384", "dat_mini", "dat_small", "dat_tiny", "dat_tiny_conv"]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    import dynattn.models  # noqa: F401  (this is what puts them there)
+
+
+def test_the_registry_has_them():
+    assert timm.list_models("dat_*") == OURS
+    assert all(map(timm.is_model, OURS)) and not timm.is_model("swin_mini")
+    assert timm.list_models("dat_*", pretrained=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "classes"), [("dat_tiny", 224, 1000), ("dat_base_384", 384, 1000), ("dat_mini", 128, 10)]
+)
+def test_create_model(name, side, classes):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert type(model) is DAT and model.num_classes == classes and model.img_size == (side, side)
+    assert model.default_cfg["input_size"] == (3, side, side) and model.default_cfg["num_classes"] == classes
+    transform = timm.data.resolve_model_data_config(model)
+    assert transform["mean"] == dynattn.data.MEAN and transform["interpolation"] == "bicubic"
+    assert transform["crop_pct"] == 0.875  # resized to 256 for a crop of 224
+
+
+def test_arguments_arrive():
+    model = timm.create_model("dat_mini", num_classes=7, in_chans=1, img_size=64, drop_path_rate=0.0, variant="paper")
+    assert (model.num_classes, model.in_chans, model.img_size, model.variant) == (7, 1, (64, 64), "paper")
+    assert timm.create_model("dat_mini", num_classes=0).get_classifier() is not None
+    with pytest.raises(TypeError, match="no_such: not an argument of dat_mini"):
+        timm.create_model("dat_mini", no_such=1)
+    with pytest.raises(ValueError, match="name: expected a model with a shipped checkpoint"):
+        timm.create_model("dat_tiny", pretrained=True)
+
+
+def test_the_same_model_as_ours():
+    torch.manual_seed(0)
+    theirs = timm.create_model("dat_mini").eval()
+    torch.manual_seed(0)
+    ours = dynattn.create_model("dat_mini").eval()
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(theirs(image), ours(image))
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "channels", "reductions"),
+    [
+        (None, [96, 192, 384, 768], [4, 8, 16, 32]),
+        ((1, 3), [192, 768], [8, 32]),
+        ((0,), [96], [4]),
+        ((-2, -1), [384, 768], [16, 32]),
+    ],
+)
+def test_features_only(out_indices, channels, reductions):
+    options = {} if out_indices is None else {"out_indices": out_indices}
+    model = timm.create_model("dat_tiny", features_only=True, **options).eval()
+    assert model.feature_info.channels() == channels and model.feature_info.reduction() == reductions
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, c, 64 // r, 96 // r) for c, r in zip(channels, reductions, strict=True)]
+
+
+def test_features_of_a_model_with_three_stages():
+    model = timm.create_model("dat_mini", features_only=True)
+    assert model.feature_info.channels() == [32, 64, 128] and len(model(torch.randn(1, 3, 32, 32))) == 3
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on our stages, as torchvision's detectors want their backbone."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        from torchvision.ops import FeaturePyramidNetwork
+
+        self.net, self.out_channels = dynattn.create_model("dat_mini", img_size=64), channels
+        self.pyramid = FeaturePyramidNetwork([info["num_chs"] for info in self.net.feature_info], channels)
+
+    def forward(self, images):
+        return self.pyramid(OrderedDict(enumerate(self.net.forward_intermediates(images, intermediates_only=True))))
+
+
+def test_a_detector_of_torchvision_trains_on_it():
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    anchors = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
+    detector = RetinaNet(Pyramid(), 3, anchor_generator=anchors, min_size=64, max_size=96)
+    truth = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    losses = detector([torch.rand(3, 60, 64), torch.rand(3, 50, 90)], [truth, truth])
+    sum(losses.values()).backward()
+    net = detector.backbone.net
+    idle = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    assert idle <= {"norm.weight", "norm.bias", "head.weight", "head.bias"}  # of the classifier, which is not run
+    detector.eval()
+    assert set(detector([torch.rand(3, 61, 83)])[0]) == {"boxes", "scores", "labels"}
+
+
+def test_a_decoder_of_segmentation_models_trains_on_it():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.create_model("upernet", encoder_name="tu-dat_tiny", encoder_weights=None, classes=3)
+    masks = model(torch.randn(2, 3, 64, 64))
+    assert masks.shape == (2, 3, 64, 64)
+    masks.square().mean().backward()
+    assert all(p.grad is not None for name, p in model.encoder.named_parameters() if "stages." in name)
