@@ -31,9 +31,10 @@ _MODULES = (
 __all__ = ["__version__", *_FROM, *_MODULES]
 
 if TYPE_CHECKING:
-    from dynattn.models import create_model, list_models
-    from dynattn.official import load_official
-    from dynattn.tracing import trace
+    from dynattn.models import create_model as create_model
+    from dynattn.models import list_models as list_models
+    from dynattn.official import load_official as load_official
+    from dynattn.tracing import trace as trace
 
 
 def __getattr__(name: str) -> object:

@@ -47,30 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figures(**options) -> None:
+    """Draw the figures: `dynattn.figures.draw`."""
     from .figures import draw
 
     draw(**options)
 
 
 def table(paper: str) -> None:
+    """Print what models cost: `dynattn.cost.print_table`."""
     from .cost import print_table
 
     print_table(paper)
 
 
 def train(**options) -> None:
+    """Train a small model: `dynattn.training.train`."""
     from .training import train
 
     train(**options)
 
 
 def bench(names: list[str]) -> None:
+    """Measure speed: `dynattn.bench.main`."""
     from .bench import main
 
     main(names)
 
 
 def lab(notebook: str, no_browser: bool = False, allow_root: bool = False) -> None:
+    """Open JupyterLab on a notebook, from the folder that holds it."""
     file = find_notebook(notebook)
     if find_spec("jupyterlab") is None:
         raise FileNotFoundError("JupyterLab is not installed: in the project's folder, pip install -e '.[notebooks]'")
@@ -139,6 +144,7 @@ def add_command(commands, run, summary: str, details: str, examples: str) -> arg
 
 
 def add_figures(commands) -> None:
+    """The options of `figures`."""
     sub = add_command(
         commands,
         figures,
@@ -167,6 +173,7 @@ def add_figures(commands) -> None:
 
 
 def add_lab(commands) -> None:
+    """The options of `lab`."""
     sub = add_command(
         commands,
         lab,
@@ -182,6 +189,7 @@ def add_lab(commands) -> None:
 
 
 def add_table(commands) -> None:
+    """The options of `table`."""
     sub = add_command(
         commands,
         table,
@@ -193,6 +201,7 @@ def add_table(commands) -> None:
 
 
 def add_train(commands) -> None:
+    """The options of `train`: its keyword arguments and the fields of `Recipe`."""
     sub = add_command(
         commands,
         train,
@@ -229,6 +238,7 @@ def add_train(commands) -> None:
 
 
 def add_bench(commands) -> None:
+    """The options of `bench`."""
     sub = add_command(
         commands,
         bench,
@@ -240,16 +250,19 @@ def add_bench(commands) -> None:
 
 
 def add_paper(sub: argparse.ArgumentParser) -> None:
+    """The option that names a paper."""
     sub.add_argument("--paper", choices=PAPERS, default="dat", help="which paper (default: %(default)s)")
 
 
 def existing_file(text: str) -> Path:
+    """The path of a file, for argparse."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text!r}")
     return Path(text)
 
 
 def json_object(text: str) -> dict:
+    """A JSON object, for argparse."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -27,6 +27,7 @@ import dynattn
 from dynattn import cost, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
+from dynattn.figures.dat import draw_query
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 plt.rcParams.update({"figure.dpi": 100, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
@@ -44,7 +45,7 @@ def show(figure: Figure) -> None:
     """A figure of photographs, as JPEG: a fifth of the size."""
     plt.close(figure)
     picture = io.BytesIO()
-    figure.savefig(picture, format="jpeg", dpi=90, pil_kwargs={"quality": 88})
+    figure.savefig(picture, format="jpeg", dpi=90, bbox_inches="tight", pil_kwargs={"quality": 88})
     display(Image(picture.getvalue()))
 
 
@@ -70,7 +71,7 @@ def show(figure: Figure) -> None:
 # image and keeps a record of the layer: what a query reads, and the matrix.
 
 # %%
-SIDE = 64
+SCENE, SIDE = 22, 64
 LAYER = dict(img_size=SIDE, depths=(1,), dims=(32,), heads=(2,), groups=(1,), kernels=(5,), offset_zero_init=False)
 MECHANISMS = {
     "dense": dict(blocks=[["window"]], window=16),  # one window as large as the map
@@ -81,10 +82,10 @@ MECHANISMS = {
     "Deformable-DETR": dict(blocks=[["deformable_detr"]], detr_points=(8,)),
 }
 
-scene = Shapes("easy", "test", SIDE)[1][0]
-sharp, _, sharp_mask = (part.numpy() for part in map(torch.as_tensor, Shapes("easy", "test", 512)[1]))
+scene = Shapes("easy", "test", SIDE)[SCENE][0]
+sharp, _, sharp_mask = (part.numpy() for part in map(torch.as_tensor, Shapes("easy", "test", 512)[SCENE]))
 sharp = np.moveaxis(sharp, 0, -1)  # the same scene for the pictures, which the network sees at a lower resolution
-query = (38, 24)  # a pixel of the image: row, column
+query = (40, 34)  # a pixel of the image: row, column
 
 records = {}
 for name, options in MECHANISMS.items():
@@ -136,7 +137,7 @@ say("\n".join(rows))
 # %%
 model = dynattn.create_model("dat_mini", pretrained=True)
 story = weights.read(weights.path("dat_mini"))[1]
-image, label, mask = Shapes("easy", "test", 128)[1]
+image, label, mask = Shapes("easy", "test", 128)[SCENE]
 trace = dynattn.trace(model, image)  # or a path, a PIL image, an array
 
 parameters = sum(p.numel() for p in model.parameters())
@@ -161,41 +162,48 @@ say("\n".join(rows))
 # %%
 row, col = (int(x) for x in mask.nonzero().float().mean(dim=0))  # the middle of the object
 
-window, deformable = trace["stages.1.blocks.2.attn"], trace["stages.1.blocks.3.attn"]
 asked = {
-    f"window: {window.name}": (window, 0),
-    f"deformable: {deformable.name}": (deformable, 0),
-    "the same layer, a head of the other group": (deformable, deformable.heads - 1),
+    "a window": trace["stages.1.blocks.0.attn"],
+    "the next layer: deformed points": trace["stages.1.blocks.1.attn"],
+    "the same on the coarser map": trace["stages.2.blocks.1.attn"],
 }
+
+
+def share_on_object(record) -> float:
+    """The attention of the query that falls on the object, the mean over heads."""
+    keys = [record.keys(row, col, head) for head in range(record.heads)]
+    pixels = [one.xy.round().long().clamp(0, 127) for one in keys]
+    return float(np.mean([one.weight @ mask[xy[:, 1], xy[:, 0]].float() for one, xy in zip(keys, pixels, strict=True)]))
+
+
 figure, axes = plt.subplots(1, 3, figsize=(15, 5.3), layout="constrained")
-for ax, (title, (record, head)), colour in zip(axes, asked.items(), [style.ORANGE, *style.GROUPS], strict=True):
-    keys = record.keys(row, col, head)
+for ax, (title, record) in zip(axes, asked.items(), strict=True):
     style.photograph(ax, sharp, (128, 128))
     style.outline(ax, sharp_mask, (128, 128))
-    if record.kind == "window":
-        style.frame(ax, keys.xy.numpy(), record.stride)
-    else:
-        style.lines(ax, record.references_xy().numpy(), record.points_xy(record.group(head)).numpy(), colour)
-    style.dots(ax, keys.xy.numpy(), 0.05 * keys.weight.numpy(), colour)
-    style.star(ax, col, row)
-    ax.set_title(title)
+    if record.kind == "deformable":
+        for group in range(record.groups):
+            style.lines(ax, record.references_xy().numpy(), record.points_xy(group).numpy(), style.GROUPS[group])
+    draw_query(ax, record, row, col)
+    ax.set_title(f"{title}, {share_on_object(record):.0%} on the object")
 show(figure)
 
-shares = [float(keys.weight[mask[tuple(keys.xy.round().long().clamp(0, 127).flip(-1).T)]].sum())
-          for keys in (record.keys(row, col, head) for record, head in asked.values())]  # fmt: skip
+_, deformable, _ = asked.values()
+keys = deformable.keys(row, col, head=0)
+best = keys.weight.argsort(descending=True)[:3]
+found = ", ".join(f"({x:.1f}, {y:.1f}): {w:.2f}" for (x, y), w in zip(keys.xy[best], keys.weight[best], strict=True))
 say(
-    f"Area of a dot: attention. Lines: from the regular grid to where the offset network has moved the point. White: "
-    f"the edge of the object, which covers {float(mask.float().mean()):.0%} of the image and gets {shares[0]:.0%}, "
-    f"{shares[1]:.0%} and {shares[2]:.0%} of the attention of these three heads."
+    f"The object covers {float(mask.float().mean()):.0%} of the image. Area of a dot: attention, mean over heads. Lines: "
+    f"from the regular grid to where the offset network has moved the points, a colour for each of its groups. As "
+    f"numbers, `deformable.keys(row, col, head=0)`: the heaviest at (x, y): {found}."
 )
 
 # %% [markdown]
-# The same two layers as matrices, for the first head:
+# Two of these layers as matrices, the mean of their heads:
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
-for pair, record in zip(axes.reshape(2, 2), (window, deformable), strict=True):
-    A = record.effective_matrix()
+for pair, record in zip(axes.reshape(2, 2), list(asked.values())[:2], strict=True):
+    A = torch.stack([record.effective_matrix(head) for head in range(record.heads)]).mean(dim=0)
     pair[0].imshow(A.sqrt(), cmap=HEAT, interpolation="nearest")
     pair[0].axhline(record.query(row, col), color=style.RED, linewidth=1.2)
     pair[0].set(title=f"{record.kind}, $A_\\mathrm{{eff}}$", xlabel="tokens", ylabel="queries", xticks=[], yticks=[])
@@ -203,14 +211,14 @@ for pair, record in zip(axes.reshape(2, 2), (window, deformable), strict=True):
     pair[1].set(title="the red row, as a map", xticks=[], yticks=[])
 show(figure)
 
-for record in (window, deformable):
+for title, record in asked.items():
     rest = max(record.rest(head) for head in range(record.heads))
     assert rest < 1e-5 or not record.exact
     claim = "exact" if record.exact else "not exact"
-    say(f"`{record.name}`: {claim}; $A_\\text{{eff}} V$ leaves {rest:.1e} of the output unexplained in the worst head.")
+    say(f"{title} (`{record.name}`), {claim}: $A_\\text{{eff}} V$ leaves {rest:.1e} of the output unexplained at worst.")
 
 # %% [markdown]
-# This deformable layer has two groups of points, and its value projection mixes their channels: a head's value at one
+# These deformable layers have two groups of points, and the value projection mixes their channels: a head's value at one
 # of its points holds what the other group read at its own. The matrix has the points of the head's own group, which
 # the position bias goes by; [01_dat](01_dat.ipynb) writes the layer as a sum over groups, which is exact.
 #

@@ -21,7 +21,7 @@ LAYERS = [
     ("tracing",),
     ("mechanisms",),
     ("ops", "models"),
-    ("verify", "official", "training", "cost", "dense", "figures", "widgets"),
+    ("verify", "official", "training", "cost", "dense", "figures", "widgets", "bench"),
     ("cli", "__main__"),
 ]
 TAG = re.compile(r"\bDAT-\d+\b")

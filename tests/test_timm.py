@@ -71,7 +71,8 @@ def test_features_only(out_indices, channels, reductions):
     assert model.feature_info.channels() == channels and model.feature_info.reduction() == reductions
     with torch.no_grad():
         maps = model(torch.randn(1, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [(1, c, 64 // r, 96 // r) for c, r in zip(channels, reductions, strict=True)]
+    expected = [(1, c, 64 // r, 96 // r) for c, r in zip(channels, reductions, strict=True)]
+    assert [tuple(m.shape) for m in maps] == expected
 
 
 def test_features_of_a_model_with_three_stages():

@@ -20,7 +20,7 @@ from dynattn.training import evaluate
 
 from . import style
 from .measures import move, propagate, reach, received
-from .subjects import RANDOM, Picture, Setting, Subject, load_subject
+from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject
 
 # Test images, chosen by their index for a spread of classes, places and backgrounds, before any model was trained.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
@@ -323,7 +323,7 @@ def queries(picture: Picture) -> list[tuple[float, float]]:
     there = torch.tensor([[(H - 1) / 2, (W - 1) / 2]])
     if picture.mask is not None:
         h, w = picture.mask.shape
-        there = (torch.from_numpy(picture.mask).nonzero()[::16] + 0.5) * torch.tensor([H / h, W / w]) - 0.5
+        there = (4 * torch.from_numpy(picture.mask[::4, ::4]).nonzero() + 0.5) * torch.tensor([H / h, W / w]) - 0.5
     on = there[(there - there.mean(dim=0)).norm(dim=1).argmin()]
     grid = torch.cartesian_prod(*((torch.arange(1, 7) + 0.5) * side / 8 - 0.5 for side in (H, W)))
     off = grid[torch.cdist(grid, there).min(dim=1).values.argmax()]
@@ -373,6 +373,7 @@ def aspect_of(pictures: Sequence[Picture]) -> float:
 
 
 def size_of(record: Record) -> str:
+    """The map of a layer, in words."""
     return "{} × {} map".format(*record.query_shape)
 
 
@@ -382,9 +383,11 @@ def share(
     """A share on the object as a measure: of a layer, or of the whole network."""
     values = {key: one if layer is None else one["layers"][layer] for key, one in networks.items()}
     own = values[trained]
+    seeds = {key: value[kind] for key, value in values.items() if key.startswith(SEED)}
     return {
         "name": NAMES[kind] + (label and f", {label}"),
         "trained": own[kind],
+        **({"other_seeds": seeds} if seeds else {}),
         "random": {key: value[kind] for key, value in values.items() if RANDOM in key},
         "other": own[f"{kind}_other"],
         "standard_error": own[f"{kind}_se"],
@@ -440,7 +443,9 @@ def of_the_sweep(setting: Setting) -> dict[str, int]:
 
 def of_the_subject(setting: Setting) -> dict[str, int]:
     """Those of figure 5: none on a user's photograph."""
-    return {} if setting.image is not None else dict.fromkeys([setting.subject.name, *setting.twins], setting.count)
+    if setting.image is not None:
+        return {}
+    return dict.fromkeys([setting.subject.name, *setting.other_seeds, *setting.twins], setting.count)
 
 
 def of_layers(setting: Setting) -> dict[str, int]:

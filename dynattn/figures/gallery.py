@@ -76,7 +76,11 @@ def cells(measure: dict[str, Any]) -> list[str]:
     """A measure as the cells of a table."""
     random = " / ".join(format(value, ".3g") for value in measure["random"].values())
     other = "no mask" if measure["n"] == 1 else "" if measure["other"] is None else format(measure["other"], ".3g")
-    return [measure["name"], format(measure["trained"], ".3g"), random, other]
+    seeds = measure.get("other_seeds", {})
+    trained = format(measure["trained"], ".3g")
+    if seeds:
+        trained += f" ({', '.join(seeds)}: {', '.join(format(value, '.3g') for value in seeds.values())})"
+    return [measure["name"], trained, random, other]
 
 
 def table(entries: list[dict[str, Any]], out: Path) -> str:

@@ -102,28 +102,33 @@ def sheet(
 
 def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
     """Each measure on a line from 0 to 1: trained, beside random weights and another image's mask."""
-    rows = np.arange(len(measures))[::-1]
+    kinds = {
+        "trained": dict(marker="o", markersize=11, color=ORANGE, markeredgecolor=INK, zorder=5),
+        "other seeds": dict(marker="o", markersize=6, color=ORANGE, markeredgecolor=INK, zorder=6),
+        "random weights": dict(marker="o", markersize=8, color=PAPER, markeredgecolor=INK, zorder=3),
+        "another image's mask": dict(marker="x", markersize=8, color=BLUE, markeredgewidth=2, zorder=4),
+    }
+    rows, marks = np.arange(len(measures))[::-1], {}
     for row, one in zip(rows, measures, strict=True):
+        seeds, random = (list(one.get(key, {}).values()) for key in ("other_seeds", "random"))
+        values = dict(zip(kinds, ([one["trained"]], seeds, random, [one["other"]]), strict=True))
         ax.plot([0, 1], [row, row], color="#DDDDDD", linewidth=1, zorder=1)
-        nulls = [*one["random"].values(), one["other"]]
-        ax.plot([max(nulls), one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2)
-        ax.annotate(f"{one['trained']:.2f}", (max(one["trained"], max(nulls)), row), (11, 0),
-                    textcoords="offset points", va="center", fontsize=SMALL + 1, color=INK, weight="bold")  # fmt: skip
-        hollow = dict(marker="o", markersize=8, markerfacecolor=PAPER, markeredgecolor=INK, linestyle="none")
-        random = ax.plot(list(one["random"].values()), [row] * len(one["random"]), **hollow, zorder=3)
-        other = ax.plot(one["other"], row, marker="x", markersize=8, markeredgewidth=2, color=BLUE, zorder=4, ls="none")
-        own = ax.plot(
-            one["trained"], row, marker="o", markersize=11, color=ORANGE, markeredgecolor=INK, zorder=5, ls="none"
+        ax.plot(
+            [max(*random, one["other"]), one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2
         )
-    ax.set(xlim=(0, 1), ylim=(-0.6, len(measures) - 0.4), yticks=[])
+        for kind, numbers in values.items():
+            if numbers:
+                (marks[kind],) = ax.plot(numbers, [row] * len(numbers), linestyle="none", **kinds[kind])
+        place = dict(textcoords="offset points", va="center_baseline", fontsize=SMALL + 1, color=INK, weight="bold")
+        ax.annotate(f"{one['trained']:.2f}", (max(sum(values.values(), [])), row), (12, 0), **place)
+    ax.set(xlim=(0, 1), ylim=(-0.6, len(measures) - 0.4))
     ax.set_yticks(rows, [one["name"] for one in measures], fontsize=SMALL + 1, color=INK)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"], fontsize=SMALL, color=GREY)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.legend(
-        [*own, *random, *other], ["trained", "random weights", "another image's mask"], loc="lower center", ncols=3,
-        bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=SMALL + 1, handletextpad=0.2, borderaxespad=0.1,
-    )  # fmt: skip
+    place = dict(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=len(marks), frameon=False, borderaxespad=0.1)
+    kinds = [kind for kind in kinds if kind in marks]
+    ax.legend([marks[kind] for kind in kinds], kinds, fontsize=SMALL + 1, handletextpad=0.2, **place)
 
 
 def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]]) -> None:

@@ -22,7 +22,7 @@ from .measures import evaluate_points
 
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
-RANDOM, ZERO = "random weights", "random weights, offsets of zero"
+RANDOM, ZERO, SEED = "random weights", "random weights, offsets of zero", "seed "
 CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
 
@@ -98,6 +98,7 @@ class Picture:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(H, W) of what the model sees."""
         return tuple(self.x.shape[-2:])
 
 
@@ -193,11 +194,18 @@ class Setting:
             self.measured[network] = evaluate_points(model, images, masks, labels, layers=layers, bar=self.bar)
         return self.measured[network]
 
+    @cached_property
+    def other_seeds(self) -> dict[str, nn.Module]:
+        """The networks that ship beside the subject's, trained as it was from other seeds."""
+        names = [name for name in weights.available() if name.startswith(f"{self.subject.name}_seed")]
+        found = [load_subject(weights.path(name)) for name in names if self.subject.shipped]
+        return {f"{SEED}{one.story['seed']}": one.model for one in found}
+
     def trained(self) -> dict:
         """The evaluation of the subject itself."""
         return self.evaluation(self.subject.name, self.subject.model)
 
     def evaluations(self) -> dict[str, dict]:
-        """Those of the subject, under its name, and of its random twins."""
-        networks = {self.subject.name: self.subject.model} | self.twins
+        """Those of the subject, under its name, of other seeds, and of its random twins."""
+        networks = {self.subject.name: self.subject.model} | self.other_seeds | self.twins
         return {network: self.evaluation(network, model) for network, model in networks.items()}

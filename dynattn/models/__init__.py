@@ -17,9 +17,9 @@ def _register(name: str) -> None:
     build, arguments = recipe_of(name)
     own = {key: parameter.default for key, parameter in signature(build).parameters.items()} | arguments
 
-    def entry(pretrained: bool = False, **options):
-        def build(num_classes=None, img_size=None, **rest):
-            return create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=img_size, **rest)
+    def entry(pretrained: bool = False, variant: str | None = None, **options):
+        def build(**given):  # without `pretrained` and `variant`, which mean something else to timm's builder
+            return create_model(name, pretrained=pretrained, variant=variant, **given)
 
         stages = dict(out_indices=tuple(range(len(own["depths"]))), feature_cls="getter")
         return build_model_with_cfg(build, name, False, feature_cfg=stages, **options)
