@@ -24,7 +24,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 import dynattn
-from dynattn import cost, weights
+from dynattn import cost, ops, verify, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
 from dynattn.figures.dat import draw_query
@@ -64,7 +64,7 @@ def show(figure: Figure) -> None:
 # | dense (ViT) | all tokens | nothing | `core.py` |
 # | window, shifted window (Swin) | the tokens of its window | where the query is | `mechanisms/window.py` |
 # | spatial reduction (PVT) | all tokens of a coarser map | nothing | `mechanisms/baselines.py` |
-# | **deformable (DAT)** | a few points between the tokens, the same for all queries | the image | `mechanisms/deformable.py` |
+# | **deformable (DAT)** | a few points between tokens, the same for all | the image | `mechanisms/deformable.py` |
 # | Deformable-DETR's | a few points of its own | the query | `mechanisms/deformable_detr.py` |
 #
 # Here is the same small network six times, with one attention layer each and random weights. `trace` runs it on an
@@ -118,7 +118,10 @@ show(figure)
 # That the matrix explains the layer is not a figure of speech:
 
 # %%
-rows = ["| mechanism | queries × tokens | what $A_\\text{eff} V$ leaves unexplained | the record says |", "| --- " * 4 + "|"]
+rows = [
+    "| mechanism | queries × tokens | what $A_\\text{eff} V$ leaves unexplained | the record says |",
+    "| --- " * 4 + "|",
+]
 for name, record in records.items():
     A, V, out = record.effective_matrix(head=1), record.value(head=1), record.output(head=1)
     rest = float((out - A @ V).norm() / out.norm())
@@ -192,8 +195,8 @@ keys = deformable.keys(row, col, head=0)
 best = keys.weight.argsort(descending=True)[:3]
 found = ", ".join(f"({x:.1f}, {y:.1f}): {w:.2f}" for (x, y), w in zip(keys.xy[best], keys.weight[best], strict=True))
 say(
-    f"The object covers {float(mask.float().mean()):.0%} of the image. Area of a dot: attention, mean over heads. Lines: "
-    f"from the regular grid to where the offset network has moved the points, a colour for each of its groups. As "
+    f"The object covers {float(mask.float().mean()):.0%} of the image. Area of a dot: attention, mean over heads. "
+    f"Lines: from the regular grid to where the offset network has moved the points, a colour for each group. As "
     f"numbers, `deformable.keys(row, col, head=0)`: the heaviest at (x, y): {found}."
 )
 
@@ -215,11 +218,13 @@ for title, record in asked.items():
     rest = max(record.rest(head) for head in range(record.heads))
     assert rest < 1e-5 or not record.exact
     claim = "exact" if record.exact else "not exact"
-    say(f"{title} (`{record.name}`), {claim}: $A_\\text{{eff}} V$ leaves {rest:.1e} of the output unexplained at worst.")
+    say(
+        f"{title} (`{record.name}`), {claim}: $A_\\text{{eff}} V$ leaves {rest:.1e} of the output unexplained at worst."
+    )
 
 # %% [markdown]
-# These deformable layers have two groups of points, and the value projection mixes their channels: a head's value at one
-# of its points holds what the other group read at its own. The matrix has the points of the head's own group, which
+# These deformable layers have two groups of points, and the value projection mixes their channels: a head's value at
+# one of its points holds what the other group read at its own. The matrix has the points of the head's own group, which
 # the position bias goes by; [01_dat](01_dat.ipynb) writes the layer as a sum over groups, which is exact.
 #
 # %% [markdown]
@@ -235,7 +240,8 @@ for ax, (r, c), title in zip(axes, [(row, col), far], ["a query on the object", 
     heat = trace.rollout(r, c)
     assert abs(float(heat.sum()) - 1) < 1e-5
     style.photograph(ax, sharp, (128, 128))
-    ax.imshow(heat, cmap="magma", alpha=(heat / heat.max()).sqrt().clamp(max=0.85).numpy(), interpolation="bilinear")
+    shade = (heat / heat.max()).sqrt().numpy()  # so that small shares show
+    ax.imshow(shade, cmap="inferno", alpha=0.9 * shade**0.5, vmin=0, vmax=1)
     style.outline(ax, sharp_mask, (128, 128))
     style.star(ax, c, r)
     ax.set_title(f"{title}: {float(heat[mask].sum()):.0%} from the object")
@@ -253,7 +259,8 @@ for name in ("dat_tiny", "dat_small", "dat_base"):
     counted = cost.count(dynattn.create_model(name).to("meta"), 224)  # shapes only: nothing is computed
     said = cost.published(name)
     rows.append(
-        f"| `{name}` | {counted.params:,} | {said['params_M']} M | {counted.macs_fvcore / 1e9:.2f} G | {said['macs_G']} G |"
+        f"| `{name}` | {counted.params:,} | {said['params_M']} M "
+        f"| {counted.macs_fvcore / 1e9:.2f} G | {said['macs_G']} G |"
     )
 say("\n".join(rows))
 say(f"`dynattn.list_models()`: {', '.join(f'`{name}`' for name in dynattn.list_models())}")
@@ -304,8 +311,6 @@ say("\n".join(rows))
 # compared with them, outputs and every gradient, in double precision:
 
 # %%
-from dynattn import ops, verify  # noqa: E402
-
 say(f"```python\n{inspect.getsource(dynattn.core.sample_points_loops)}```")
 for name in verify.operations():
     verify.check(name, getattr(ops, name))  # random cases; raises at the first number that is off

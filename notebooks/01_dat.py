@@ -4,8 +4,8 @@
 # Xia, Pan, Song, Li, Huang, CVPR 2022. From the first equation to the last figure: each equation beside the code that
 # is it, each claim asserted where it is made, and a ledger of the places where text and published code part.
 #
-# Contents: why · preliminaries · sampling · reference points and offsets · deformable attention · offset groups · cost ·
-# the models · the ledger · trained · Deformable-DETR's attention · exercises.
+# Contents: why · preliminaries · sampling · reference points and offsets · deformable attention · offset groups · cost
+# · the models · the ledger · trained · Deformable-DETR's attention · exercises.
 #
 # Every number in the text is computed by the cell above it.
 
@@ -99,7 +99,7 @@ deformable_layers = traces[dat].of_kind("deformable")
 on, off = paper_figures.queries(picture)
 
 layers = {
-    "dense": [r for r in traces[dat].of_kind("window") if r.window == r.query_shape][-1],
+    "dense": [r for r in traces[dat].of_kind("window") if r.window == r.query_shape][0],
     "window": [r for r in traces[dat].of_kind("window") if r.query_shape == (16, 16)][0],
     "shifted window": [r for r in traces[swin].of_kind("window") if r.query_shape == (16, 16) and any(r.shift)][0],
     "deformable": [r for r in deformable_layers if r.query_shape == (16, 16)][0],
@@ -137,9 +137,10 @@ assert torch.equal(positions(layers["deformable"], on), positions(layers["deform
 say(f"The object covers {float(mask.float().mean()):.0%} of the image.")
 
 # %% [markdown]
-# Dense attention reads everything and pays for it. A window is cheap and blind to the rest. DAT asks for both: few keys,
-# from the whole map, where the image is worth reading. Its points are **shared**: every query reads the same ones (the
-# assertion above), which keeps the cost linear in their number. What still differs between queries are the weights.
+# Dense attention reads everything and pays for it. A window is cheap and blind to the rest. DAT asks for both: few
+# keys, from the whole map, where the image is worth reading. Its points are **shared**: every query reads the same ones
+# (the assertion above), which keeps the cost linear in their number. What still differs between queries are the
+# weights.
 #
 # ## Preliminaries
 #
@@ -169,8 +170,8 @@ verify.check("window_attention", ops.window_attention)
 say(f"`verify.check` knows {', '.join(f'`{name}`' for name in verify.operations())}.")
 
 # %% [markdown]
-# The local layers of DAT are windows; their module has DAT-1 to DAT-3 in three lines. A linear map may be applied before
-# or after tokens are moved into windows, and this order moves a third as much:
+# The local layers of DAT are windows; their module has DAT-1 to DAT-3 in three lines. A linear map may be applied
+# before or after tokens are moved into windows, and this order moves a third as much:
 
 # %%
 source(window.WindowAttention.forward)
@@ -190,7 +191,8 @@ source(Block.forward)
 # Keys and values are read where points lie, between the cells:
 #
 # $$\Delta p = \theta_{\text{offset}}(q),\qquad \tilde{x} = \phi(x;\, p + \Delta p) \tag{DAT-7}$$
-# $$\phi(z; (p_x, p_y)) = \sum_{(r_x, r_y)} g(p_x, r_x)\, g(p_y, r_y)\, z[r_y, r_x, :],\qquad g(a, b) = \max(0, 1 - |a - b|) \tag{DAT-8}$$
+# $$\phi(z; (p_x, p_y)) = \sum_{(r_x, r_y)} g(p_x, r_x)\, g(p_y, r_y)\, z[r_y, r_x, :],\qquad
+# g(a, b) = \max(0, 1 - |a - b|) \tag{DAT-8}$$
 #
 # The sum runs over every location of the map, and so do the loops. All but four of its terms are zero, which is what
 # the fast form knows.
@@ -232,8 +234,8 @@ right.set(ylim=(0, 1.08), yticks=[0, 0.5, 1])
 plt.show()
 
 # %% [markdown]
-# Left: at any place two hats are not zero, and they sum to one. Middle: in two dimensions four products. Right: there is
-# no map beyond the border, so a point that leaves it reads less and less, and nothing from one cell outside.
+# Left: at any place two hats are not zero, and they sum to one. Middle: in two dimensions four products. Right: there
+# is no map beyond the border, so a point that leaves it reads less and less, and nothing from one cell outside.
 #
 # On cell centres sampling is the identity. That is the limit case to test an implementation with:
 
@@ -258,14 +260,15 @@ source(deformable.OffsetNetwork, deformable.DeformableAttention.sample)
 # %% [markdown]
 # Two things in here are easily read past, and the text reads differently from the code in both.
 #
-# **Where the references are.** The text normalises the grid so that its corners are the corners of the map,
-# ("corner"). The code takes the centres of cells that divide the map ("centre"), but samples with a convention where
-# the corners are cell centres. So a reference without offset does not read a cell: it reads up to half a cell nearer
-# to the middle.
+# **Where the references are.** The text normalises the grid so that its corners are the corners of the map, ("corner").
+# The code takes the centres of cells that divide the map ("centre"), but samples with a convention where the corners
+# are cell centres. So a reference without offset does not read a cell: it reads up to half a cell nearer to the middle.
 
 # %%
 H = 14
-centre, corner = (core.to_pixels(core.grid_points((H, H), grid, torch.zeros(1)), (H, H)) for grid in ("centre", "corner"))
+centre, corner = (
+    core.to_pixels(core.grid_points((H, H), grid, torch.zeros(1)), (H, H)) for grid in ("centre", "corner")
+)
 index = torch.arange(H)
 assert torch.allclose(centre[:H, 1], (index + 0.5) * (H - 1) / H)  # reference i reads the pixel (i + 1/2)(H - 1)/H
 assert torch.allclose(corner[:H, 1], index.float())
@@ -329,8 +332,8 @@ ranges.set_xticks([2, 4, 8, 14])
 plt.show()
 
 say(
-    f"With $s = 2$, as in all models, a point of the code moves at most {farthest(2, **CODE):.2f} pixels of the map, one of "
-    f"the text {farthest(2, **TEXT):.0f}. With $s = 14$ the code reaches {farthest(14, **CODE) / H:.0%} of the map."
+    f"With $s = 2$, as in all models, a point of the code moves at most {farthest(2, **CODE):.2f} pixels of the map, "
+    f"one of the text {farthest(2, **TEXT):.0f}. With $s = 14$ the code reaches {farthest(14, **CODE) / H:.0%} of it."
 )
 
 # %% [markdown]
@@ -343,7 +346,10 @@ x = normal(1, 8, 8, 16)
 (layer(x) * normal(1, 8, 8, 16)).sum().backward()
 norms = {name: float(parameter.grad.norm()) for name, parameter in layer.offset.named_parameters()}
 assert min(norms.values()) > 0
-table(("parameter of the offset network", "norm of its gradient"), [(f"`{name}`", f"{n:.2g}") for name, n in norms.items()])
+table(
+    ("parameter of the offset network", "norm of its gradient"),
+    [(f"`{name}`", f"{n:.2g}") for name, n in norms.items()],
+)
 
 # %% [markdown]
 # ## Deformable attention
@@ -415,7 +421,9 @@ middle, last = (biases.shape[1] - 1) / 2, biases.shape[1] - 1
 left.set_xticks([2, middle, last - 2], ["query left\nof the point", "same column", "query right\nof the point"])
 left.set_yticks([0, middle, last], ["query\nabove", "same\nrow", "query\nbelow"])
 style.photograph(right, picture.shown, picture.shape)
-marks = right.scatter(*record.points_xy(record.group(head)).T, c=read, s=130, edgecolors="white", linewidths=1, **colours)
+marks = right.scatter(
+    *record.points_xy(record.group(head)).T, c=read, s=130, edgecolors="white", linewidths=1, **colours
+)
 style.star(right, on[1], on[0])
 right.set_title("the bias of the query at the star, by point")
 figure.colorbar(marks, ax=right, shrink=0.8, label="added to the logit")
@@ -453,7 +461,7 @@ C, G, k = module.dim, module.groups, network.depthwise.kernel_size[0]
 count = sum(parameter.numel() for parameter in network.parameters())
 assert count == (k * k + 1) * C // G + 2 * C // G + 2 * C // G  # convolution, LayerNorm, two numbers
 between = float((layers["deformable"].points_xy(0) - layers["deformable"].points_xy(1)).norm(dim=-1).mean())
-say(f"One offset network of {count:,} parameters. The two groups' points lie {between:.1f} image pixels apart on average.")
+say(f"One offset network of {count:,} parameters. The two groups' points lie {between:.1f} image pixels apart.")
 
 # %% [markdown]
 # The text says that heads are "assigned to one group of deformed keys and values". The equations say something else,
@@ -465,8 +473,8 @@ say(f"One offset network of {count:,} parameters. The two groups' points lie {be
 #
 # $$z^{(m)} = \sum_g A^{(m)} \Phi_g\, x_g W_{v,g}^{(m)} + b_v^{(m)}$$
 #
-# with the attention $A^{(m)}$, the bilinear weights $\Phi_g$ of the points of group $g$, its channels $x_g$ and the rows
-# of $W_v$ that they meet.
+# with the attention $A^{(m)}$, the bilinear weights $\Phi_g$ of the points of group $g$, its channels $x_g$ and the
+# rows of $W_v$ that they meet.
 
 # %%
 record = layers["deformable"]
@@ -490,7 +498,8 @@ table(("head", "its group", "left unexplained by its own group's points alone", 
 # %% [markdown]
 # ## What it costs
 #
-# $$\Omega(\text{DMHA}) = \underbrace{2HWN_sC + 2HWC^2 + 2N_sC^2}_{\text{vanilla self-attention module}} + \underbrace{(k^2 + 2)N_sC}_{\text{offset network}} \tag{DAT-10}$$
+# $$\Omega(\text{DMHA}) = \underbrace{2HWN_sC + 2HWC^2 + 2N_sC^2}_{\text{vanilla self-attention module}} +
+# \underbrace{(k^2 + 2)N_sC}_{\text{offset network}} \tag{DAT-10}$$
 #
 # in multiply-adds, with $N_s = HW / r^2$ points and the kernel $k$ of the offset network. A counter that looks at every
 # matrix product and convolution of the module agrees to the unit:
@@ -523,19 +532,18 @@ sides = np.array([7, 14, 28, 56, 112])
 figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
 window_cost = 4 * sides**2 * 384**2 + 2 * 49 * sides**2 * 384
 left.loglog(sides, window_cost / 1e9, "--", color=INKS[4], linewidth=2)
-left.annotate("windows of 7 × 7", (sides[-1], window_cost[-1] / 1e9), (8, -4), textcoords="offset points", color=INKS[4])
+left.text(125, 0.85 * window_cost[-1] / 1e9, "windows of 7 × 7", color=INKS[4])
 for r, colour in zip((1, 2, 4), INKS, strict=False):
     N_s = (sides / r) ** 2
     attention, overhead = omega(sides, sides, N_s, 384)
     name = "r = 1: as many points as tokens" if r == 1 else f"r = {r}"
     left.loglog(sides, (attention + overhead) / 1e9, "o-", color=colour, linewidth=2)
-    left.annotate(name, (sides[-1], attention[-1] / 1e9), (8, -4), textcoords="offset points", color=colour)
+    left.text(125, 0.9 * attention[-1] / 1e9, name, color=colour)
     right.semilogx(sides, 100 * overhead / (attention + overhead), "o-", color=colour, linewidth=2)
-    right.annotate(f"r = {r}", (sides[0], 100 * (overhead / (attention + overhead))[0]), (-8, -4), ha="right",
-                   textcoords="offset points", color=colour)  # fmt: skip
+    right.text(6.7, 100 * (overhead / (attention + overhead))[0], f"r = {r}", ha="right", va="center", color=colour)
 left.set(title="G multiply-adds of one layer, C = 384", xlabel="side of the map, cells", xlim=(6, 700))
 right.axhline(PRINTED["share"], color=INKS[4], linestyle="--", linewidth=2)
-right.annotate("as printed, for r = 2 on 14 × 14", (7, PRINTED["share"]), (0, -16), textcoords="offset points", color=INKS[4])
+right.text(7, PRINTED["share"] - 0.4, "as printed, for r = 2 on 14 × 14", color=INKS[4])
 right.set(title="of it the offset network, %", xlabel="side of the map, cells", xlim=(5, 130), ylim=(0, 6.8))
 for ax in (left, right):
     ax.minorticks_off()
@@ -607,9 +615,9 @@ say("\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)))
 # %% [markdown]
 # ### Equal to the published code
 #
-# Weights that are a function of an entry's published name and shape alone can be given to the authors' code and to ours.
-# Theirs was run once, in double precision; here are the first of its logits as plain numbers. `load_official` takes our
-# made-up weights for a checkpoint of theirs.
+# Weights that are a function of an entry's published name and shape alone can be given to the authors' code and to
+# ours. Theirs was run once, in double precision; here are the first of its logits as plain numbers. `load_official`
+# takes our made-up weights for a checkpoint of theirs.
 
 
 # %%
@@ -623,10 +631,14 @@ def deterministic(name: str, shape: tuple) -> torch.Tensor:
 
 def published(model: nn.Module) -> dict[str, torch.Tensor]:
     """A checkpoint as the authors' code would write it."""
-    state = {}
-    for (name, entry), tensor in zip(official.dat_entries(model).items(), model.state_dict().values(), strict=True):
-        rows_first = entry.name.endswith("relative_position_bias_table")  # theirs: (entries, heads)
-        state[entry.name] = deterministic(entry.name, (tensor[0].numel(), len(tensor)) if rows_first else tensor.shape)
+    state, own = {}, model.state_dict()
+    for name, entry in official.dat_entries(model).items():
+        shape = tuple(own[name].shape)
+        if entry.name.endswith(
+            "relative_position_bias_table"
+        ):  # ours: (heads, rows, columns), theirs: (entries, heads)
+            shape = (shape[1] * shape[2], shape[0])
+        state[entry.name] = deterministic(entry.name, shape)
     return state
 
 
@@ -639,7 +651,9 @@ with torch.no_grad():
     logits = tiny(image)[0]
 apart = float((logits[:4] - torch.tensor(PUBLISHED_LOGITS, dtype=torch.float64)).abs().max())
 assert apart < 1e-9
-table(("published", "ours"), [(f"{a:.10f}", f"{float(b):.10f}") for a, b in zip(PUBLISHED_LOGITS, logits, strict=False)])
+table(
+    ("published", "ours"), [(f"{a:.10f}", f"{float(b):.10f}") for a, b in zip(PUBLISHED_LOGITS, logits, strict=False)]
+)
 say(f"Largest difference: {apart:.1e}. The project's tests compare all of them.")
 
 # %% [markdown]
@@ -839,16 +853,13 @@ for name in (name for name in weights.available() if name.startswith("dat_mini")
         assert abs(live["attention"] - whole["attention"]) < 4 * whole["attention_se"] * math.sqrt(whole["n"] / few)
     shares = [f"{live[key]:.2f}" for key in ("attention", "attention_other", "points", "points_other")]
     rows.append((f"`{name}`", *shares, f"{best['points_ratio']:.2f}"))
-table(
-    (f"{few} images", "attention on the object", "another's mask", "points on the object", "another's mask", "best layer"),
-    rows,
-)
+table((f"{few} images", "attention on the object", "null", "points on the object", "null", "best layer"), rows)
 say(
-    f"The last column: points on the object over points under other masks. Recorded on {whole['n']} images for "
-    f"`dat_mini`: attention {whole['attention']:.2f} ± {whole['attention_se']:.2f} against {whole['attention_other']:.2f}, "
-    f"points {whole['points']:.2f} ± {whole['points_se']:.2f} against {whole['points_other']:.2f}. So points gather on the "
-    f"object somewhat ({whole['points_ratio']:.1f} times), and attention picks those that did "
-    f"({whole['attention_ratio']:.1f} times): most of what the figures show is attention."
+    f"Nulls: other images' masks. Last column: points on the object over their null. Recorded on {whole['n']} images "
+    f"for `dat_mini`: attention {whole['attention']:.3f} ± {whole['attention_se']:.3f} against "
+    f"{whole['attention_other']:.3f}, points {whole['points']:.3f} ± {whole['points_se']:.3f} against "
+    f"{whole['points_other']:.3f}. So points gather on the object somewhat ({whole['points_ratio']:.1f} times), and "
+    f"attention picks those that did ({whole['attention_ratio']:.1f} times): the figures show attention above all."
 )
 
 # %% [markdown]
@@ -904,10 +915,10 @@ show(figure)
 # - The set is procedural and easy: one object that differs in colour, before a blurred photograph. The networks find
 #   what stands out. That is not recognition of giraffes.
 # - `dat_mini` differs from the paper's models beyond its size: a convolutional stem, a small convolution before every
-#   block, offsets that start at zero and points kept on the map, fewer points than tokens. Without these, so small a net
-#   hardly learns in minutes. The models above have none of it unless asked.
-# - The pictures are of one seed, and the differences between ranges in figure 4 are no larger than such networks differ
-#   anyway. The photographs of a cat and a flower are there to look at; nothing is measured on them.
+#   block, offsets that start at zero and points kept on the map, fewer points than tokens. Without these, so small a
+#   net hardly learns in minutes. The models above have none of it unless asked.
+# - The pictures are of one seed, and figure 4 has one network for each range: what another seed would change is not in
+#   its bars. The photographs of a cat and a flower are there to look at; nothing is measured on them.
 #
 # ## Deformable-DETR's attention
 #
@@ -930,14 +941,15 @@ verify.check("detr_attention", ops.detr_attention)
 
 # %%
 torch.manual_seed(3)
-detr = dynattn.create_model("dat_mini", blocks=[["window", "shifted"]] + [["window", "deformable_detr"]] * 2, detr_points=(8,) * 3)
+pairs = [("window", "shifted"), ("window", "deformable_detr"), ("window", "deformable_detr")]
+detr = dynattn.create_model("dat_mini", blocks=pairs, detr_points=(8, 8, 8))
 for layer in (m for m in detr.modules() if isinstance(m, deformable_detr.DeformableDetrAttention)):
     nn.init.normal_(layer.offset.weight, std=0.15)  # as if it had learned: each query moves its points
 (own_points, *_) = dynattn.trace(detr, picture.x).of_kind("deformable_detr")
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
 asked = [(36, 36), (36, 92), (92, 64)]
-for ax, record, title in zip(axes, (own_points, layers["deformable"]), ("Deformable-DETR, untrained", "DAT, trained"), strict=True):
+for ax, record in zip(axes, (own_points, layers["deformable"]), strict=True):
     style.photograph(ax, picture.shown, picture.shape)
     for query, colour in zip(asked, INKS, strict=False):
         keys = record.keys(*query)
@@ -947,7 +959,8 @@ for ax, record, title in zip(axes, (own_points, layers["deformable"]), ("Deforma
         ax.plot(*query[::-1], marker="*", markersize=20, color=colour, markeredgecolor="white", zorder=7)
     if record is not own_points:
         style.dots(ax, keys.xy.numpy(), 0.002 + 0 * keys.weight.numpy(), "#DDDDDD")
-    ax.set_title(f"{title}: " + ("points of each query" if record is own_points else "the same points for all"))
+axes[0].set_title("Deformable-DETR, untrained: points of each query")
+axes[1].set_title("DAT, trained: the same points for all")
 show(figure)
 
 # %% [markdown]
@@ -1003,8 +1016,8 @@ except verify.Mismatch as mismatch:
 # </details>
 #
 # **Second.** Write deformable attention for one group of points and no bias from `core.sample_points` and
-# `dense_attention` alone; then add the bias. `verify.check("deformable_attention", yours)` gives your function
-# `(q, k, v, points, table, query_shape)`.
+# `dense_attention` alone; then add the bias. `verify.check("deformable_attention", yours)` gives your function `(q, k,
+# v, points, table, query_shape)`.
 #
 # <details><summary>A solution</summary>
 #
@@ -1026,8 +1039,8 @@ except verify.Mismatch as mismatch:
 #
 # </details>
 #
-# **Third.** The offset network shares its weights between groups. Yet the groups' points differ. Why? And what would you
-# have to set in `dat_mini` to make them equal on every image?
+# **Third.** The offset network shares its weights between groups. Yet the groups' points differ. Why? And what would
+# you have to set in `dat_mini` to make them equal on every image?
 #
 # <details><summary>An answer</summary>
 #

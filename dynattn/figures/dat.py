@@ -101,8 +101,8 @@ def offset_range(setting: Setting) -> Drawing:
 
     (picture,) = setting.pictures(SWEEP_OF)
     traces = [trace(subject.model, picture.x) for subject in subjects.values()]
-    coarsest = [record.name for record in by_map(traces[0])[-1]]
-    layer = max(coarsest, key=lambda name: sum(one["layers"][name]["attention"] for one in found.values()))
+    finest = [record.name for record in by_map(traces[0])[0]]
+    layer = max(finest, key=lambda name: sum(one["layers"][name]["attention"] for one in found.values()))
     seeds = ", ".join(map(str, sorted({subject.story["seed"] for subject in subjects.values()})))
     caption = (
         f"One network for each s, seed {seeds}: what another seed would change is not in the bars (standard errors: "
@@ -171,7 +171,8 @@ def deformed_points(setting: Setting) -> Drawing:
     """Figure 6: where a deformable layer of each map has moved its points, from which grid."""
     pictures = setting.pictures(POINTS_OF, ("chelsea",))
     traces = [trace(setting.subject.model, one.x) for one in pictures]
-    names = [choose(setting, records, "points") for records in by_map(traces[0])]
+    found = setting.trained()["layers"] if setting.subject.knows_shapes else None
+    names = [choose(records, found, "points") for records in by_map(traces[0])]
     layers = [[t[name] for name in names] for t in traces]
     if setting.image is None:
         networks = setting.evaluations()
@@ -188,7 +189,7 @@ def deformed_points(setting: Setting) -> Drawing:
         ]
     groups = layers[0][0].groups
     caption = (
-        f"{' and '.join(names)}: of each map the deformable layer {chosen_by(setting, 'points')}"
+        f"{' and '.join(names)}: of each map the deformable layer {chosen_by(found, 'points')}"
         f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and "
         f"heads. {conditions(setting, pictures, measures)}"
     )
@@ -215,21 +216,16 @@ def by_map(t: Trace) -> list[list[Record]]:
     ]
 
 
-def choose(setting: Setting, layers: Sequence[Record], kind: str) -> str:
-    """Which of a map's deformable layers to draw, see `chosen_by`."""
-    if not setting.subject.knows_shapes:
+def choose(layers: Sequence[Record], found: dict[str, dict] | None, kind: str) -> str:
+    """Which of a map's layers to draw: the one that finds the object best; the last, as in the paper, if not measured."""
+    if found is None:
         return layers[-1].name
-    found = setting.trained()["layers"]
     return max((record.name for record in layers), key=lambda name: found[name][f"{kind}_ratio"])
 
 
-def chosen_by(setting: Setting, kind: str) -> str:
-    """The rule of `choose` in words: the last one, as the paper has it, where there is nothing to measure it on."""
-    return (
-        f"with most {kind} on the object beside another image's mask"
-        if setting.subject.knows_shapes
-        else "that comes last"
-    )
+def chosen_by(found: dict[str, dict] | None, kind: str) -> str:
+    """The rule of `choose` in words."""
+    return "that comes last" if found is None else f"with most {kind} on the object, relative to another image's mask"
 
 
 def draw_points(ax: Axes, record: Record) -> None:
@@ -250,38 +246,45 @@ def attention(setting: Setting) -> Drawing:
     pictures = setting.pictures(QUERIES_OF, ("flower",))
     label, other = windowed(setting)
     traces = [(trace(setting.subject.model, one.x), trace(other.model, one.x)) for one in pictures]
-    candidates, window = beside(*traces[0])
-    deformable = traces[0][0][choose(setting, candidates, "attention")]
+    layers, windows = beside(*traces[0])
+    candidates = [record.name for record in windows]
+    found = found_windows = None
+    if setting.subject.knows_shapes:
+        found = setting.trained()["layers"]
+        found_windows = setting.evaluation(label, other.model, candidates)["layers"]
+    names = choose(layers, found, "attention"), choose(windows, found_windows, "attention")
     if setting.image is None:
         networks = setting.evaluations()
-        measures = [share("attention", networks, setting.subject.name, "DAT", deformable.name)]
-        windows = {label: other.model, f"{label}, {RANDOM}": setting.twin(other)}
-        found = {key: setting.evaluation(key, model, [window.name]) for key, model in windows.items()}
-        networks |= found
-        measures += [share("attention", found, label, label, window.name)]
+        beside_it = {label: other.model, f"{label}, {RANDOM}": setting.twin(other)}
+        beside_it = {key: setting.evaluation(key, model, candidates) for key, model in beside_it.items()}
+        measures = [
+            share("attention", networks, setting.subject.name, "DAT", names[0]),
+            share("attention", beside_it, label, label, names[1]),
+        ]
+        networks |= beside_it
     else:
         networks, name = {}, "mean distance from query to key in pixels"
         measures = [
-            unmasked(setting, f"{name}, DAT", lambda t: reach(t[deformable.name])),
-            unmasked(setting, f"{name}, {label}", lambda t: reach(t[window.name]), other),
+            unmasked(setting, f"{name}, DAT", lambda t: reach(t[names[0]])),
+            unmasked(setting, f"{name}, {label}", lambda t: reach(t[names[1]]), other),
         ]
     caption = (
-        f"DAT: {deformable.name}, of the {size_of(deformable)} the deformable layer {chosen_by(setting, 'attention')}. "
-        f"{label}: {window.name}, the last layer whose windows do not cover the map. Area of a dot: attention, mean "
-        f"over heads, at the same scale. {conditions(setting, pictures, measures)}"
+        f"DAT: {names[0]}, {label}: {names[1]}; each of its layers on the {size_of(windows[0])} (the last with several "
+        f"windows) the one {chosen_by(found, 'attention')}. Area of a dot: attention, mean over heads, at the same "
+        f"scale. {conditions(setting, pictures, measures)}"
     )
     asked = (
         ["query on object", "in background"]
         if pictures[0].mask is not None
         else ["query at the centre", "off the centre"]
     )
-    names = {"row_labels": ["DAT", label], "column_labels": asked * len(pictures)}
+    labels = {"row_labels": ["DAT", label], "column_labels": asked * len(pictures)}
     shape = (2, 2 * len(pictures))
     sheet = style.sheet(
-        *shape, PLANS[7].title, caption, compared(measures), aspect=aspect_of(pictures), together=2, **names
+        *shape, PLANS[7].title, caption, compared(measures), aspect=aspect_of(pictures), together=2, **labels
     )
-    for j, (picture, (t, beside_it)) in enumerate(zip(pictures, traces, strict=True)):
-        for i, record in enumerate((t[deformable.name], beside_it[window.name])):
+    for j, (picture, pair) in enumerate(zip(pictures, traces, strict=True)):
+        for i, record in enumerate(t[name] for t, name in zip(pair, names, strict=True)):
             for k, query in enumerate(queries(picture)):
                 ground(sheet.panels[i, 2 * j + k], picture)
                 draw_query(sheet.panels[i, 2 * j + k], record, *query)
@@ -301,16 +304,16 @@ def windowed(setting: Setting) -> tuple[str, Subject]:
     return "DAT's windows", setting.subject
 
 
-def beside(t: Trace, other: Trace) -> tuple[list[Record], Record]:
-    """A window layer and the deformable layers of the same stride if there are any, else those of the last map.
+def beside(t: Trace, other: Trace) -> tuple[list[Record], list[Record]]:
+    """Deformable layers of one and window layers of the other network on the last map that has several windows.
 
-    The last window layer whose windows do not cover its map: one window for all, as in many a last stage, is dense
-    attention.
+    One window for all, as in many a last stage, is dense attention. Where no map has both, the last of each.
     """
     windows = [record for record in other.of_kind("window") if record.window != record.query_shape]
-    window = (windows or other.of_kind("window"))[-1]
+    last = (windows or other.of_kind("window"))[-1]
     maps = by_map(t)
-    return next((layers for layers in maps if layers[0].stride == window.stride), maps[-1]), window
+    deformable = next((layers for layers in maps if layers[0].stride == last.stride), maps[-1])
+    return deformable, [record for record in windows or [last] if record.query_shape == last.query_shape]
 
 
 def queries(picture: Picture) -> list[tuple[float, float]]:
@@ -457,8 +460,9 @@ def of_layers(setting: Setting) -> dict[str, int]:
 def with_windows(setting: Setting) -> dict[str, int]:
     """Those of figure 7, with what stands beside DAT."""
     label, _ = windowed(setting)
-    windows = {} if setting.image is not None else dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
-    return of_layers(setting) | windows
+    chosen = {label: setting.count} if setting.subject.knows_shapes else {}
+    beside_it = {} if setting.image is not None else dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
+    return of_layers(setting) | chosen | beside_it
 
 
 PLANS = {
