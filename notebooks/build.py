@@ -21,7 +21,7 @@ def read(source: Path) -> NotebookNode:
     """The notebook of a percent script, without outputs."""
     notebook = jupytext.read(source, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
+        cell.id, cell.metadata = f"cell-{number}", {}
     return notebook
 
 

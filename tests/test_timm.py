@@ -43,7 +43,7 @@ def test_arguments_arrive():
     assert timm.create_model("dat_mini", num_classes=0).get_classifier() is not None
     with pytest.raises(TypeError, match="no_such: not an argument of dat_mini"):
         timm.create_model("dat_mini", no_such=1)
-    with pytest.raises(ValueError, match="name: expected a model with a shipped checkpoint"):
+    with pytest.raises(ValueError, match="pretrained: no checkpoint of 'dat_tiny' ships"):
         timm.create_model("dat_tiny", pretrained=True)
 
 

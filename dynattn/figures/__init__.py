@@ -1,14 +1,16 @@
 """The papers' figures, drawn from trained models, each with its conditions and with what chance would give.
 
-`draw` makes those of a paper; a figure is a function of the paper's file here (`dat.py`), its measures are in
-`measures.py`, its looks in `style.py`.
+`draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
+models and pictures; `measures.py`; `drawing.py`, captions; `style.py`, looks; `gallery.py`, the folder they go into.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from dynattn import core
@@ -19,6 +21,18 @@ from .subjects import Setting, load_subject
 FIGURES = {"dat": dat.PLANS}  # by paper and number
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Images go through the networks one by one: too little work for two threads, which wait for each other instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def draw(
     paper: str = "dat",
     only: Sequence[int] | None = None,

@@ -3,15 +3,13 @@
 Layers are found by their records, never by their names: any model with deformable layers can be drawn, at any size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dynattn import weights
@@ -19,8 +17,9 @@ from dynattn.tracing import Record, Trace, trace
 from dynattn.training import evaluate
 
 from . import style
+from .drawing import Drawing, Plan, aspect_of, compared, conditions, ground, object_key, share, size_of, unmasked
 from .measures import move, propagate, reach, received
-from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject
+from .subjects import RANDOM, Picture, Setting, Subject, load_subject
 
 # Test images, chosen by their index for a spread of classes, places and backgrounds, before any model was trained.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
@@ -30,39 +29,6 @@ NOTHING = 1e-6  # a mask of -100 leaves less
 SWEEP_COUNTS = 500, 100  # test images that accuracy and attention are measured on for each s
 INK = 0.06  # share of a panel that all attention of one distribution covers with its dots
 LARGEST = f"{RANDOM}, largest s"
-NAMES = {
-    "points": "points on the object",
-    "attention": "attention on the object",
-    "propagated": "propagated attention on the object",
-}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, the line at its foot, what is on it, what it measured.
-
-    A measure has: name; trained; random, a number for each kind of random network; other, the same under the masks of
-    the other images (None where there are no masks). networks: all that `evaluate_points` found, by network.
-    """
-
-    figure: Figure
-    caption: str
-    pictures: list[Picture]
-    measures: list[dict[str, Any]]
-    weights: list[dict[str, Any]]
-    networks: dict[str, dict] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a figure is made; networks: those that it measures, and on how many images."""
-
-    stem: str
-    title: str
-    draw: Callable[[Setting], Drawing]
-    networks: Callable[[Setting], dict[str, int]]
-    of_many: bool = False  # compares several models on many images, so that it takes neither an image nor weights
-
 
 # --------------------------------------------------------------------------------------------- 4: the range of offsets
 
@@ -105,10 +71,11 @@ def offset_range(setting: Setting) -> Drawing:
     layer = max(finest, key=lambda name: sum(one["layers"][name]["attention"] for one in found.values()))
     seeds = ", ".join(map(str, sorted({subject.story["seed"] for subject in subjects.values()})))
     caption = (
-        f"One network for each s, seed {seeds}: what another seed would change is not in the bars (standard errors: "
-        f"binomial over {n} test images, and over the {count} on which attention is measured, the mean of all "
-        f"deformable layers). Random weights: {networks[LARGEST]['attention']:.2f}. Photographs: {picture.name}, "
-        f"{layer}; area of a dot: attention received."
+        f"One network for each s at {picture.shape[0]} × {picture.shape[1]}, seed {seeds}: what another seed would "
+        f"change is not in the bars (standard errors: binomial over {n} test images, and over the {count} on which "
+        f"attention is measured, the mean of all deformable layers; random weights give "
+        f"{networks[LARGEST]['attention']:.2f}). Photographs: {picture.name}, {layer}; area of a dot: attention "
+        f"received."
     )
     sheet = style.sheet(1, len(subjects), PLANS[4].title, caption, column_labels=list(subjects), plots=2)
     for ax, t in zip(sheet.panels[0], traces, strict=True):
@@ -217,7 +184,7 @@ def by_map(t: Trace) -> list[list[Record]]:
 
 
 def choose(layers: Sequence[Record], found: dict[str, dict] | None, kind: str) -> str:
-    """Which of a map's layers to draw: the one that finds the object best; the last, as in the paper, if not measured."""
+    """Which of a map's layers to draw: the one that finds the object best; the last, as in the paper, if unmeasured."""
     if found is None:
         return layers[-1].name
     return max((record.name for record in layers), key=lambda name: found[name][f"{kind}_ratio"])
@@ -236,6 +203,13 @@ def draw_points(ax: Axes, record: Record) -> None:
         heads = [received(record, m) for m in range(record.heads) if record.group(m) == g]
         style.lines(ax, record.references_xy().numpy(), xy, style.GROUPS[g])
         style.dots(ax, xy, INK * torch.stack(heads).mean(dim=0).numpy(), style.GROUPS[g])
+
+
+def points_key(record: Record) -> list:
+    """What the marks of `draw_points` mean."""
+    marks = [(style.mark("o", colour), f"points of group {g + 1}") for g, colour in enumerate(style.GROUPS)]
+    rings = style.mark("o", "none", 6, markeredgecolor="#777777", markeredgewidth=1.2)
+    return [*marks[: 2 if record.groups == 2 else 1], (rings, "reference grid")]
 
 
 # ------------------------------------------------------------------------------------------------ 7: what queries read
@@ -345,98 +319,7 @@ def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
     style.star(ax, *record.cells()[record.query(row, col)].tolist())
 
 
-# ----------------------------------------------------------------------------------------------------- what they share
-
-
-def ground(ax: Axes, picture: Picture) -> None:
-    """The photograph, with the object's outline if it is known."""
-    style.photograph(ax, picture.shown, picture.shape)
-    if picture.mask is not None:
-        style.outline(ax, picture.mask, picture.shape)
-
-
-def object_key(pictures: Sequence[Picture]) -> list:
-    """The outline's place in the key, where there is one."""
-    if all(picture.mask is None for picture in pictures):
-        return []
-    return [(style.edge_mark(), "the object (mask, not seen by the model)")]
-
-
-def points_key(record: Record) -> list:
-    """What the marks of `draw_points` mean."""
-    marks = [(style.mark("o", colour), f"points of group {g + 1}") for g, colour in enumerate(style.GROUPS)]
-    rings = style.mark("o", "none", 6, markeredgecolor="#777777", markeredgewidth=1.2)
-    return [*marks[: 2 if record.groups == 2 else 1], (rings, "reference grid")]
-
-
-def aspect_of(pictures: Sequence[Picture]) -> float:
-    """Height over width of the panels: a user's photograph keeps its own."""
-    h, w = pictures[0].shown.shape[:2]
-    return h / w
-
-
-def size_of(record: Record) -> str:
-    """The map of a layer, in words."""
-    return "{} × {} map".format(*record.query_shape)
-
-
-def share(
-    kind: str, networks: dict[str, dict], trained: str, label: str = "", layer: str | None = None
-) -> dict[str, Any]:
-    """A share on the object as a measure: of a layer, or of the whole network."""
-    values = {key: one if layer is None else one["layers"][layer] for key, one in networks.items()}
-    own = values[trained]
-    seeds = {key: value[kind] for key, value in values.items() if key.startswith(SEED)}
-    return {
-        "name": NAMES[kind] + (label and f", {label}"),
-        "trained": own[kind],
-        **({"other_seeds": seeds} if seeds else {}),
-        "random": {key: value[kind] for key, value in values.items() if RANDOM in key},
-        "other": own[f"{kind}_other"],
-        "standard_error": own[f"{kind}_se"],
-        "layer": layer,
-        "n": networks[trained]["n"],
-    }
-
-
-def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subject: Subject | None = None) -> dict:
-    """A measure that needs no mask, on the user's photograph."""
-    networks = {RANDOM: setting.twin(subject)} if subject else setting.twins
-    return {
-        "name": name,
-        "trained": value(trace((subject or setting.subject).model, setting.own.x)),
-        "random": {key: value(trace(network, setting.own.x)) for key, network in networks.items()},
-        "other": None,
-        "n": 1,
-    }
-
-
-def compared(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The measures that have both nulls, to be drawn beside them."""
-    return [one for one in measures if one["other"] is not None]
-
-
-def conditions(setting: Setting, pictures: Sequence[Picture], measures: Sequence[dict]) -> str:
-    """Weights, images, size, seeds, as the end of a caption; without masks what was measured, too."""
-    story, (H, W) = setting.subject.story, pictures[0].shape
-    made = ", ".join(f"{key} {story[key]}" for key in ("seed", "steps") if key in story)
-    text = f"Weights: {story['file']}{made and f' ({made})'} at {H} × {W}; random weights: seed {setting.seed}. "
-    if setting.image is not None:
-        values = [f"{one['name']} {one['trained']:.2f} ({at_random(one)})" for one in measures]
-        return text + f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}."
-    known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
-    unknown = [one.name for one in pictures if one.mask is None]
-    text += f"Test images {', '.join(known)}. "
-    text += f"Unlike what it was trained on, not measured: {' and '.join(unknown)}. " if unknown else ""
-    text += f"Measures: shares, means over {measures[0]['n']} test images"
-    if len(measures[0]["random"]) > 1:
-        text += "; random weights with random offsets and with offsets of zero, as training starts"
-    return text + "."
-
-
-def at_random(one: dict[str, Any]) -> str:
-    """What random weights gave, in words."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in one["random"].items())
+# ------------------------------------------------------------------------------------------------ what is measured
 
 
 def of_the_sweep(setting: Setting) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dynattn import __version__
 from dynattn.weights import replace
 
 if TYPE_CHECKING:
-    from .dat import Drawing, Plan
+    from .drawing import Drawing, Plan
     from .subjects import Setting
 
 CONDITIONS, README = "conditions.json", "README.md"

@@ -187,7 +187,7 @@ def evaluate_points(
         if (name, measure + "_other") in rows[0]:
             place[measure + "_se"] = float(values.std(ddof=1) / len(values) ** 0.5)
             other = float(np.mean([row[name, measure + "_other"] for row in rows]))
-            place[measure + "_ratio"] = place[measure] / other if other else float("nan")
+            place[measure + "_ratio"] = place[measure] / max(other, 1e-9)
     ratios = {name: layer.get("points_ratio", layer["attention_ratio"]) for name, layer in result["layers"].items()}
     if ratios:
         result["best"] = max(ratios, key=ratios.get)

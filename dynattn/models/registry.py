@@ -75,6 +75,9 @@ def create_model(
     if not pretrained:
         return build(**arguments | wanted)
 
+    shipped = [model for model in weights.available() if model in MODELS]
+    if name not in shipped:
+        raise ValueError(f"pretrained: no checkpoint of {name!r} ships, only of {', '.join(shipped)}")
     state, metadata = weights.read(weights.path(name))
     trained = arguments | metadata["arguments"]
     model = build(**trained | wanted | {"num_classes": trained["num_classes"]})
