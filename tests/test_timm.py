@@ -117,3 +117,22 @@ def test_a_decoder_of_segmentation_models_trains_on_it():
     assert masks.shape == (2, 3, 64, 64)
     masks.square().mean().backward()
     assert all(p.grad is not None for name, p in model.encoder.named_parameters() if "stages." in name)
+
+
+def test_features_carry_no_unused_parameters():
+    """`features_only` removes what its maps do not need: every parameter left gets a gradient."""
+    model = timm.create_model("dat_mini", features_only=True, out_indices=(0, 1))
+    maps = model(torch.randn(2, 3, 64, 64))
+    sum(one.square().mean() for one in maps).backward()
+    assert [one.shape[1] for one in maps] == [32, 64]
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def test_pruning_keeps_what_comes_before():
+    model = dynattn.create_model("dat_mini").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+        assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+        after = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    assert len(model.stages) == 2 and torch.equal(before[0], after[0])

@@ -169,6 +169,20 @@ class Backbone(nn.Module):
         (`stop_early` is accepted and leaves the result the same).
         """
         core.one_of("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        chosen = self.chosen_stages(indices)
+        maps = self.stage_maps(x)
+        final = self.norm(maps[-1])
+        if norm:
+            maps[-1] = final
+        as_wanted = (lambda m: rearrange(m, "B h w c -> B c h w")) if output_fmt == "NCHW" else (lambda m: m)
+        intermediates = [as_wanted(maps[i]) for i in chosen]
+        return intermediates if intermediates_only else (rearrange(final, "B h w c -> B c h w"), intermediates)
+
+    def chosen_stages(self, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
+        """The stages that timm's `indices` mean: None all, n the last n, negative ones from the end.
+
+        Raises ValueError where there is no such stage.
+        """
         count = len(self.stages)
         if indices is None:
             chosen = list(range(count))
@@ -178,13 +192,22 @@ class Backbone(nn.Module):
             chosen = [i % count if -count <= i < count else i for i in indices]
         if not chosen or not all(0 <= i < count for i in chosen):
             raise ValueError(f"indices: expected stages 0 to {count - 1}, got {indices!r}")
-        maps = self.stage_maps(x)
-        final = self.norm(maps[-1])
-        if norm:
-            maps[-1] = final
-        as_wanted = (lambda m: rearrange(m, "B h w c -> B c h w")) if output_fmt == "NCHW" else (lambda m: m)
-        intermediates = [as_wanted(maps[i]) for i in chosen]
-        return intermediates if intermediates_only else (rearrange(final, "B h w c -> B c h w"), intermediates)
+        return chosen
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and norm and head if wanted; returns the stages as numbers."""
+        chosen = self.chosen_stages(indices)
+        self.stages = self.stages[: max(chosen) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return chosen
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
