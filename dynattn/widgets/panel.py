@@ -1,0 +1,257 @@
+"""What a lens reads: one trace on one picture, asked for the keys of any query.
+
+Every number that a lens shows comes from here, whether it is drawn live, in a saved page or on paper.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from dynattn.data import read_image, to_input, to_rgb
+from dynattn.tracing import Record, Trace, spread, trace
+
+MEAN = "mean"  # the head that stands for the mean over all heads
+SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than what a small model sees
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one query reads in one layer and head of one panel.
+
+    cell: (i, j) of the query's cell. keys (n, 3): x, y, weight, in pixels of the image that the model saw.
+    """
+
+    layer: str
+    head: int | str
+    cell: tuple[int, int]
+    keys: Float[np.ndarray, "n 3"]
+
+    @property
+    def heaviest(self) -> Float[np.ndarray, "3"]:
+        """x, y and weight of the key that is read most."""
+        return self.keys[self.keys[:, 2].argmax()]
+
+
+class Panel:
+    """One model's trace and the photograph under it. Positions are pixels of the image that the model saw."""
+
+    def __init__(self, name: str, traced: Trace, picture: UInt8[np.ndarray, "h w 3"]):
+        self.name, self.trace, self.picture = name, traced, picture
+        self._remembered: Record | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers, in order."""
+        return self.trace.layers
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of the image that the model saw."""
+        return tuple(self.trace.image.shape[-2:])
+
+    def record(self, layer: str) -> Record:
+        """The record of a layer, as one that makes each effective matrix once.
+
+        Only that of the layer asked for last is kept: matrices of early layers are large.
+        """
+        if self._remembered is None or self._remembered.name != layer:
+            record = copy(self.trace[layer])
+            record.effective_matrix = lru_cache(record.effective_matrix)
+            record.cells = lru_cache(record.cells)
+            self._remembered = record
+        return self._remembered
+
+    def read(self, row: float, col: float, layer: str, head: int | str) -> Reading:
+        """What the query at pixel (row, col) reads, in a head or in the mean of all."""
+        record = self.record(layer)
+        heads = range(record.heads) if head == MEAN else [head]
+        keys = merge([_array(record, row, col, m) for m in heads])
+        cell = divmod(record.query(row, col), record.query_shape[1])
+        return Reading(layer, head, cell, keys)
+
+    @cached_property
+    def rollouts(self) -> Float[np.ndarray, "L S"]:
+        """Where each query of the last layer got what it knows: rows over the cells of the first layer, summing to 1.
+
+        All rows of `Trace.rollout` at once, before they are spread over the pixels: what a click costs is a look-up.
+        """
+        records = list(self.trace)[::-1]
+        shape, stride = records[0].query_shape, records[0].stride
+        heat = torch.eye(shape[0] * shape[1])
+        for record in records:
+            if record.query_shape != shape:
+                factor = (stride[0] / record.stride[0], stride[1] / record.stride[1])
+                maps = heat.unflatten(1, shape)
+                heat = torch.stack([spread(one, record.query_shape, factor) for one in maps]).flatten(1)
+                shape, stride = record.query_shape, record.stride
+            n = heat.shape[1]
+            mean = sum(record.effective_matrix(m)[:n, :n].float().cpu() for m in range(record.heads)) / record.heads
+            heat = 0.5 * heat + 0.5 * (heat @ mean)
+            heat = heat / heat.sum(dim=1, keepdim=True)
+        return heat.numpy()
+
+    def rollout(self, row: float, col: float) -> tuple[tuple[int, int], Float[np.ndarray, " S"]]:
+        """The last layer's cell at pixel (row, col), and its row of `rollouts`."""
+        last = self.trace[self.layers[-1]]
+        query = last.query(row, col)
+        return divmod(query, last.query_shape[1]), self.rollouts[query]
+
+
+def _array(record: Record, row: float, col: float, head: int) -> Float[np.ndarray, "n 3"]:
+    """The keys of one query in one head as x, y, weight."""
+    keys = record.keys(row, col, head)
+    return torch.cat([keys.xy, keys.weight[:, None].to(keys.xy)], dim=1).float().cpu().numpy()
+
+
+def merge(keys: Sequence[Float[np.ndarray, "n 3"]]) -> Float[np.ndarray, "N 3"]:
+    """The mean of several heads: a position that several read has its weights added."""
+    if len(keys) == 1:
+        return keys[0]
+    joined = np.concatenate(keys)
+    positions, which = unique_positions(joined[:, :2])
+    weight = np.bincount(which, joined[:, 2], len(positions)) / len(keys)
+    return np.concatenate([positions, weight[:, None].astype(np.float32)], axis=1)
+
+
+def unique_positions(
+    xy: Float[np.ndarray, "n 2"],
+) -> tuple[Float[np.ndarray, "N 2"], Int[np.ndarray, " n"]]:
+    """The distinct positions, cells in row-major order, and which of them each one is."""
+    pairs = np.ascontiguousarray(xy + np.float32(0), dtype=np.float32)  # -0 becomes 0
+    # As integers the bits of (x, y) sort by y, then by x, and far faster than pairs do.
+    found, which = np.unique(pairs.view(np.int64)[:, 0], return_inverse=True)
+    return found.view(np.float32).reshape(-1, 2), which
+
+
+def on_cells(keys: Float[np.ndarray, "n 3"], record: Record) -> bool:
+    """Whether all keys are cells of the layer's own map, and no points in between."""
+    cell = (keys[:, 1::-1] + 0.5) / record.stride - 0.5
+    return bool((np.abs(cell - cell.round()) < 1e-3).all())
+
+
+# ------------------------------------------------------------------------------------------------------- what is given
+
+
+def make_panels(models: Any, image: Any = None) -> list[Panel]:
+    """A panel for every model or trace.
+
+    models: a model or a `Trace`, a sequence of them, or a mapping from names to them. image: what `dynattn.trace`
+    takes; traces do without.
+    Raises ValueError or TypeError for no models, other things than models, models without attention, and bad images.
+    """
+    named = _named(models)
+    if image is None and not all(isinstance(model, Trace) for model in named.values()):
+        raise TypeError(
+            "image: expected a path, PIL image, uint8 array or tensor, got none; only traces have their own"
+        )
+    picture = None if image is None else _picture(image)
+    panels = []
+    for name, model in named.items():
+        traced = model if isinstance(model, Trace) else trace(model, image)
+        if not traced.layers:
+            raise ValueError(f"models: {name} has no attention layer that can be traced")
+        panels.append(Panel(name, traced, to_rgb(traced.image) if picture is None else picture))
+    return panels
+
+
+def _named(models: Any) -> dict[str, nn.Module | Trace]:
+    """The models by name: those of a mapping, else the names of their classes, numbered where they are the same."""
+    if isinstance(models, nn.Module | Trace):
+        models = [models]
+    if not isinstance(models, Mapping | Sequence) or isinstance(models, str):
+        raise TypeError(f"models: expected a model, a trace or a list of them, got {type(models).__name__}")
+    given = list(models.values()) if isinstance(models, Mapping) else list(models)
+    if not given:
+        raise ValueError("models: expected at least one model, got none")
+    for model in given:
+        if not isinstance(model, nn.Module | Trace):
+            raise TypeError(f"models: expected torch modules or traces, got {type(model).__name__}")
+    if isinstance(models, Mapping):
+        return {str(name): model for name, model in models.items()}
+    names = [type(model).__name__ for model in given]
+    counted = [
+        f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)
+    ]
+    return dict(zip(counted, given, strict=True))
+
+
+def _picture(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """The photograph as it is shown, at most `SHARP` pixels long."""
+    if isinstance(image, Tensor):
+        shown = Image.fromarray(to_rgb(to_input(image)[0].float().cpu()))
+    else:
+        shown = read_image(image).copy()
+    shown.thumbnail((SHARP, SHARP), Image.Resampling.LANCZOS)
+    return np.array(shown)
+
+
+# ------------------------------------------------------------------------------------------------------------ the query
+
+
+@dataclass(frozen=True)
+class View:
+    """Where all panels are looked at: a pixel (row, col) of the first one's image, and a layer and head for each."""
+
+    panels: list[Panel]
+    row: float
+    col: float
+    layer: tuple[str, ...]
+    head: tuple[int | str, ...]
+    fade: float = 0.0
+
+    def place(self, p: int) -> tuple[float, float]:
+        """The query as a pixel of panel p's image, which may have another size."""
+        (H, W), (height, width) = self.panels[0].shape, self.panels[p].shape
+        return (self.row + 0.5) * height / H - 0.5, (self.col + 0.5) * width / W - 0.5
+
+    def readings(self) -> list[Reading]:
+        """What the query reads in every panel."""
+        choices = enumerate(zip(self.panels, self.layer, self.head, strict=True))
+        return [panel.read(*self.place(p), layer, head) for p, (panel, layer, head) in choices]
+
+    def sentences(self) -> list[str]:
+        """What is seen, in words: a line for each panel; `lens.js` says the same."""
+        return [self._sentence(p, reading) for p, reading in enumerate(self.readings())]
+
+    def _sentence(self, p: int, reading: Reading) -> str:
+        panel, (row, col) = self.panels[p], self.place(p)
+        heads = head_name(reading.head, panel.trace[reading.layer].heads)
+        said = f"Query (row {_short(row)}, col {_short(col)}), cell {reading.cell}, {reading.layer}, {heads}: "
+        if len(reading.keys):
+            x, y, weight = reading.heaviest
+            said += f"{len(reading.keys)} keys, heaviest {weight:.3g} at ({_short(y)}, {_short(x)})"
+        else:
+            said += "no keys"
+        if self.fade > 0:
+            last, heat = panel.rollout(row, col)
+            x, y = panel.trace[panel.layers[0]].cells()[int(heat.argmax())].tolist()
+            said += (
+                f". Rollout of cell {last} of the last layer: heaviest {heat.max():.3g} at ({_short(y)}, {_short(x)})"
+            )
+        return said
+
+
+def first_view(panels: list[Panel]) -> dict[str, Any]:
+    """Where a lens looks at first: the layer in the middle, the mean of its heads, a cell at the image's centre."""
+    layer = tuple(panel.layers[len(panel.layers) // 2] for panel in panels)
+    strides = panels[0].trace[layer[0]].stride
+    row, col = (max(side // 2 - stride // 2, 0.0) for side, stride in zip(panels[0].shape, strides, strict=True))
+    return {"row": row, "col": col, "layer": layer, "head": (MEAN,) * len(panels), "fade": 0.0}
+
+
+def head_name(head: int | str, heads: int) -> str:
+    """A head in words."""
+    return f"mean of {heads} heads" if head == MEAN else f"head {head}"
+
+
+def _short(pixel: float) -> str:
+    """A pixel to a tenth, without what is not needed."""
+    return f"{round(pixel, 1) + 0:g}"

@@ -1,0 +1,95 @@
+"""The lens on paper: what it shows, as the figures of this project look."""
+
+from io import BytesIO
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from dynattn.figures import style
+from dynattn.tracing import Record
+
+from .panel import Panel, Reading, View, head_name, on_cells
+
+COLOURS = colormaps["viridis"]
+
+
+def draw(view: View, dpi: int) -> Image.Image:
+    """The panels side by side, with what they show in words below; 12 inches wide."""
+    pairs = list(zip(view.panels, view.readings(), strict=True))
+    h, w = view.panels[0].picture.shape[:2]
+    labels = [f"{panel.name}, {head_name(one.head, panel.trace[one.layer].heads)}" for panel, one in pairs]
+    sheet = style.sheet(1, len(pairs), "What one query reads", caption(view), column_labels=labels, aspect=h / w)
+    for p, (ax, (panel, reading)) in enumerate(zip(sheet.panels[0], pairs, strict=True)):
+        style.photograph(ax, panel.picture, panel.shape)
+        draw_panel(ax, view, p, panel, reading)
+    marks = [
+        (style.mark("*", style.RED, 15, markeredgecolor=style.PAPER), "the query"),
+        (style.mark("s", "none", 11, markeredgewidth=1.6), "its cell"),
+        (style.mark("o", COLOURS(0.1), 6), "keys: little weight"),
+        (style.mark("o", COLOURS(1.0), 11), "most weight"),
+    ]
+    style.key(sheet, marks)
+    file = BytesIO()
+    sheet.figure.savefig(file, dpi=dpi)
+    return Image.open(file).convert("RGB")
+
+
+def caption(view: View) -> str:
+    """What is seen in words, and what positions are."""
+    shown = f"{1 - view.fade:.0%} attention over {view.fade:.0%} rollout"
+    shown = {0: "Attention", 1: "Rollout"}.get(view.fade, shown)
+    seen = ". ".join(f"{panel.name}: {said}" for panel, said in zip(view.panels, view.sentences(), strict=True))
+    return f"{shown}; positions are pixels (row, col) of what the model saw. {seen}."
+
+
+def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> None:
+    """Keys, rollout, the query's cell and the query over a photograph."""
+    record = panel.trace[reading.layer]
+    row, col = view.place(p)
+    if view.fade < 1:
+        if on_cells(reading.keys, record):
+            cells(ax, reading.keys, record, 1 - view.fade)
+        else:
+            dots(ax, reading.keys, 1 - view.fade)
+        frame(ax, reading.cell, record, 1 - view.fade)
+    if view.fade > 0:
+        last, heat = panel.rollout(row, col)
+        first = panel.trace[panel.layers[0]]
+        cells(ax, np.concatenate([first.cells().numpy(), heat[:, None]], axis=1), first, view.fade, least=0.3)
+        frame(ax, last, panel.trace[panel.layers[-1]], view.fade)
+    style.star(ax, col, row)
+
+
+def cells(ax: Axes, keys: Float[np.ndarray, "n 3"], record: Record, alpha: float, least: float = 0.45) -> None:
+    """A square over each key, its colour the weight; the lightest covers the picture least."""
+    share = keys[:, 2] / keys[:, 2].max()
+    height, width = record.stride
+    boxes = [Rectangle((x - width / 2, y - height / 2), width, height) for x, y, _ in keys]
+    colours = COLOURS(share)
+    colours[:, 3] = alpha * (least + (0.9 - least) * share)
+    ax.add_collection(PatchCollection(boxes, facecolors=colours, linewidths=0, antialiaseds=False, zorder=2))
+
+
+def dots(ax: Axes, keys: Float[np.ndarray, "n 3"], alpha: float) -> None:
+    """A dot on each key, its area and colour the weight, the heaviest below."""
+    x, y, weight = keys[np.argsort(-keys[:, 2])].T
+    share = weight / weight.max()
+    width = ax.get_position().width * ax.figure.get_figwidth() * 72
+    diameter = np.maximum(0.064 * width * share**0.5, 4)
+    ax.scatter(x, y, s=(diameter + 3) ** 2, color=style.PAPER, alpha=0.6 * alpha, linewidths=0, zorder=4)
+    ax.scatter(x, y, s=diameter**2, c=COLOURS(share), alpha=alpha, edgecolors=style.INK, linewidths=0.6, zorder=5)
+
+
+def frame(ax: Axes, cell: tuple[int, int], record: Record, alpha: float) -> None:
+    """The outline of a query's cell."""
+    height, width = record.stride
+    corner = (cell[1] * width - 0.5, cell[0] * height - 0.5)
+    for line, colour in ((4.0, style.INK), (2.0, style.PAPER)):
+        ax.add_patch(
+            Rectangle(corner, width, height, fill=False, linewidth=line, edgecolor=colour, alpha=alpha, zorder=6)
+        )
