@@ -66,7 +66,8 @@ def test_the_small_model_is_small():
 def test_list_models():
     names = dynattn.list_models()
     assert names == sorted(names)
-    assert {"dat_tiny", "dat_small", "dat_base", "dat_base_384", "dat_tiny_conv", "dat_mini", "swin_mini"} <= set(names)
+    assert {"dat_tiny", "dat_small", "dat_base", "dat_base_384", "dat_tiny_conv", "dat_mini"} <= set(names)
+    assert {"swin_mini", "vit_mini"} <= set(names)
     assert dynattn.list_models("dat_base*") == ["dat_base", "dat_base_384"]
     assert dynattn.list_models("dat_????") == ["dat_base", "dat_mini", "dat_tiny"]
     assert dynattn.list_models("DAT_*") == dynattn.list_models("") == []
@@ -604,7 +605,7 @@ def test_models_without_a_checkpoint_name_those_that_have_one(shipped):
         dynattn.create_model("dat_tiny", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "swin_mini"])
+@pytest.mark.parametrize("name", ["dat_mini", "swin_mini", "vit_mini"])
 def test_the_shipped_checkpoints(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DYNATTN_CACHE", str(tmp_path))
     assert weights.path(name).stat().st_size <= 4 * 2**20

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import DOUBLE, errors_and_budget, layouts, normal
 
-from dynattn import core, ops, verify
+from dynattn import core, ops, tracing, verify
 from dynattn.mechanisms.window import (
     Layout,
     WindowAttention,
@@ -211,6 +211,80 @@ def test_block_is_pre_norm_with_two_residuals():
     block, x = Block(6, layer()).double(), normal(1, 5, 4, 6)
     between = x + block.attn(block.norm1(x))
     torch.testing.assert_close(block(x), between + block.mlp(block.norm2(between)))
+
+
+# -------------------------------------------------------------------------------------------------- keys of the record
+
+
+def record_of(attend, shape: tuple[int, int]) -> tracing.Record:
+    """The record that a layer keeps when it is the whole model, on a random map of 6 channels."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attend = torch.nn.Conv2d(3, 6, 1).double(), attend
+
+        def forward(self, image):
+            return self.attend(self.embed(image).movedim(1, -1)).mean((1, 2))
+
+    (record,) = tracing.trace(Model(), normal(3, *shape))
+    return record
+
+
+def keys_of(record: tracing.Record) -> torch.Tensor:
+    """(L, L): whom each query reads by its keys, all of which have the weight of the effective matrix."""
+    cells = record.cells()
+    reads = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+    for query, (col, row) in enumerate(cells.tolist()):
+        keys = record.keys(row, col, 1)
+        places = (keys.xy[:, None] == cells).all(2).nonzero()[:, 1]
+        weight = record.effective_matrix(1)[query]
+        assert len(places.unique()) == len(keys.xy) and torch.equal(weight[places], keys.weight)
+        assert weight.count_nonzero() == keys.weight.count_nonzero()
+        reads[query, places] = True
+    return reads
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shape", [(8, 8), (10, 7), (5, 4), (3, 2), (1, 9)])
+@pytest.mark.parametrize("rows", [slice(0), 3, slice(4)])  # of the table: none; keys in the query's own row; and below
+def test_keys_are_what_the_layout_lets_a_query_read(shape, shift, rows):
+    """DAT-2: a bias of -1e4 takes the weight from a key, not its place among the keys."""
+    module = layer(4, shift)
+    with torch.no_grad():
+        module.table[:, rows] = -1e4
+    record = record_of(module, shape)
+    assert torch.equal(keys_of(record), readers(shape, (4, 4), (shift, shift)))
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shape", [(8, 8), (10, 10), (9, 11), (5, 9), (4, 3)])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_keys_of_timms_windows_are_the_cells_that_it_reads(shape, shift, extreme):
+    """Told by changing one token of timm's own block after the other.
+
+    timm rolls before it pads and masks by the padded map: queries read padding, which is no cell, and where the
+    sides are no multiple of the window also cells that came around the edge.
+    """
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    block = SwinTransformerBlock(6, shape, num_heads=2, window_size=4, shift_size=shift, always_partition=True)
+    block = block.double().eval()
+    with torch.no_grad():
+        block.attn.relative_position_bias_table.normal_()
+        block.attn.qkv.bias.normal_()
+    x = normal(1, *shape, 6)
+    before, expected = block._attn(x).flatten(1, 2)[0], []
+    for token in range(shape[0] * shape[1]):
+        changed = x.flatten(1, 2).clone()
+        changed[0, token] += 1
+        expected.append(((block._attn(changed.reshape(x.shape)).flatten(1, 2)[0] - before).abs() > 1e-9).any(1))
+    if extreme:
+        with torch.no_grad():
+            block.attn.relative_position_bias_table[24] = -1e4  # the query's own cell
+    record = record_of(block, shape)
+    assert torch.equal(keys_of(record), torch.stack(expected, dim=1))
+    assert (record.effective_matrix(1).diagonal() == 0).all() == extreme
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -73,3 +73,8 @@ class SpatialReductionRecord(tracing.Record):
     def output(self, head: int = 0) -> Float[Tensor, "L d"]:
         self.check_head(head)
         return self.z[head]
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """All cells of the map, each with its part of the weight of its reduced token."""
+        weight = self.effective_matrix(head)[self.query(row, col)]
+        return tracing.Keys(self.cells().to(weight), weight)

@@ -53,7 +53,7 @@ def window_attention_loops(
     z = []
     for b in range(B):
         for m in range(h):
-            for i, j in ((l // W, l % W) for l in range(L)):  # noqa: E741
+            for i, j in ((l // W, l % W) for l in range(L)):
                 keys = [(u, w) for u in range(H) for w in range(W) if cell_region(u, w) == cell_region(i, j)]
                 logits = []
                 for u, w in keys:
@@ -206,7 +206,6 @@ def window_attention(
     no multiple of the window are padded with keys that nobody reads. 0 <= shift < window. Returns (B, h, H W, d).
     Raises TypeError, ValueError on wrong arguments. Source: DAT section 3.3; equation 2 inside each window.
     """
-    form = core.implementation("window_attention", impl, FORMS)
     H, W = core.pair("query_shape", query_shape)
     window = core.pair("window", window)
     shift = check_shift(shift, window)
@@ -214,6 +213,7 @@ def window_attention(
     if table is not None:
         shapes["table"] = (table, f"h {2 * window[0] - 1} {2 * window[1] - 1}")
     sizes = core.bind(**shapes)
+    form = core.implementation("window_attention", impl, FORMS, q)
     return form(q, k, v, table, (H, W), window, shift, core.scale_or_default(scale, sizes["d"]))
 
 
@@ -254,7 +254,7 @@ class WindowAttention(nn.Module):
 
 
 class WindowRecord(tracing.Record):
-    """One window layer: q, k, v, z (h, H W, d); attention (windows, h, T, T); `window` and `shift` in cells.
+    """One window layer: q, k, v, z (h, H W, d); attention and may_read (windows, h, T, T); `window`, `shift` in cells.
 
     Exact, unless padding is read, which is no token of the image: timm's Swin lets its queries do that.
     """
@@ -267,6 +267,8 @@ class WindowRecord(tracing.Record):
         windows = layout.padded[0] // layout.window[0] * (layout.padded[1] // layout.window[1])
         q, k, v, z = (t[:windows] for t in (q, k, v, z))
         self.attention = core.attention_weights(q, k, bias, q.shape[-1] ** -0.5)
+        allowed = torch.ones_like(self.attention[:1, :1], dtype=torch.bool) if bias is None else bias > -torch.inf
+        self.may_read = allowed.expand_as(self.attention)
         joined = (layout.join(rearrange(t, "n h T d -> n T (h d)")) for t in (q, k, v, z))
         self.q, self.k, self.v, self.z = (core.split_heads(t, self.heads)[0] for t in joined)
 
@@ -295,6 +297,14 @@ class WindowRecord(tracing.Record):
     def output(self, head: int = 0) -> Float[Tensor, "L d"]:
         self.check_head(head)
         return self.z[head]
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """The cells of the query's window that its mask lets it read, whatever their weight; padding is no cell."""
+        self.check_head(head)
+        window, token = (self.places == self.query(row, col) + 1).nonzero()[0]
+        places, weight = self.places[window], self.attention[window, head, token]
+        read = self.may_read[window, head, token] & (places > 0)
+        return tracing.Keys(self.cells().to(weight)[places[read] - 1], weight[read])
 
 
 class TimmLayout(Layout):

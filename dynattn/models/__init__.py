@@ -37,6 +37,6 @@ def _register(name: str) -> None:
     globals()[name] = register_model(entry)  # timm adds the name to __all__
 
 
-for _name in MODELS:
-    if not _name.startswith("swin"):
+for _name, (_file, *_) in MODELS.items():
+    if _file != "comparisons":  # those are timm's already
         _register(_name)

@@ -41,9 +41,7 @@ from dynattn.models.layers import (
 )
 
 VARIANTS = {
-    "official": dict(
-        reference="centre", offset_unit="half_cell", offset_norm=True, kernels=(9, 7, 5, 3), shift="up"
-    ),
+    "official": dict(reference="centre", offset_unit="half_cell", offset_norm=True, kernels=(9, 7, 5, 3), shift="up"),
     "paper": dict(reference="corner", offset_unit="cell", offset_norm=False, kernels=(5, 5, 5, 5), shift="down"),
 }
 ATTENTIONS = ("window", "shifted", "deformable", "deformable_detr", "sra")
@@ -137,9 +135,7 @@ class DAT(Backbone):
         self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.variant = variant
-        self.feature_info = [
-            dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)
-        ]
+        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
         shift_cells = (window + 1) // 2 if reading["shift"] == "up" else window // 2
 
         def attention(i: int, kind: str) -> nn.Module:

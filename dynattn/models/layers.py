@@ -232,5 +232,3 @@ class Stage(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w c"]:
         return self.blocks(self.down(x))
-
-

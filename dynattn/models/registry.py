@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from inspect import signature
 
-from torch import nn
+from torch import Tensor, nn
 
 from dynattn import weights
 
@@ -19,6 +19,7 @@ MODELS: dict[str, tuple[str, str, str | None]] = {
     "dat_tiny_conv": ("dat", "DAT", "TINY_CONV"),
     "dat_mini": ("dat", "DAT", "MINI"),
     "swin_mini": ("comparisons", "swin_mini", None),
+    "vit_mini": ("comparisons", "vit_mini", None),
 }
 
 
@@ -89,15 +90,20 @@ def create_model(
 
 def load_trained(model: nn.Module, state: dict) -> None:
     """Load a state dict of our own names, bicubic tables for another size; the model is unchanged when this raises."""
+    from timm.layers import resample_abs_pos_embed
+
     from dynattn.core import resize_table
 
     own = model.state_dict()
-    fitted = {
-        key: resize_table(value, tuple(own[key].shape[1:]))
-        if key.endswith("table") and key in own and value.ndim == 3 == own[key].ndim
-        else value
-        for key, value in state.items()
-    }
+
+    def fitted_to_size(key: str, value: Tensor) -> Tensor:
+        if key.endswith("table") and key in own and value.ndim == 3 == own[key].ndim:
+            return resize_table(value, tuple(own[key].shape[1:]))
+        if key == "pos_embed" and key in own:  # timm's, (1, tokens, C) of a square map
+            return resample_abs_pos_embed(value, model.patch_embed.grid_size, num_prefix_tokens=0)
+        return value
+
+    fitted = {key: fitted_to_size(key, value) for key, value in state.items()}
     wrong = [key for key in own.keys() | fitted.keys() if key not in own or key not in fitted]
     wrong += [key for key in own.keys() & fitted.keys() if own[key].shape != fitted[key].shape]
     if wrong:

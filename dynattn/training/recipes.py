@@ -42,6 +42,7 @@ SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # small
 RECIPES = {
     "dat_mini": Recipe("dat_mini"),
     "swin_mini": Recipe("swin_mini"),
+    "vit_mini": Recipe("vit_mini"),
     # the sweep of the offset range s (DAT, figure 4) in small: the same recipe, one model for each s
     **{
         f"dat_sweep_s{s}": Recipe("dat_mini", SWEEP | {"offset_range": float(s)}, size=64, steps=400)
