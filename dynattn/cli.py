@@ -22,7 +22,8 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return its exit code.
 
-    0 done, 2 wrong arguments or input (told in a line; with DYNATTN_DEBUG=1 in a traceback), 130 interrupted.
+    0 done, 1 checked and found wrong, 2 wrong arguments or input (told in a line; with DYNATTN_DEBUG=1 in a
+    traceback), 130 interrupted.
     """
     parser = make_parser()
     options = vars(parser.parse_args(argv))
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        run(**options)
+        return run(**options) or 0
     except KeyboardInterrupt:
         print("\ndynattn: interrupted", file=sys.stderr)
         return 130
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dynattn: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -72,6 +72,17 @@ def bench(names: list[str]) -> None:
     from .bench import main
 
     main(names)
+
+
+def check(**options) -> int:
+    """Check a student's file: `dynattn.verify.student.examine`. Returns 1 when something is wrong."""
+    from .verify.student import examine
+
+    passed = True
+    for verdict in examine(**options):
+        print(verdict, flush=True)
+        passed = passed and verdict.passed
+    return 0 if passed else 1
 
 
 def lab(notebook: str, no_browser: bool = False, allow_root: bool = False) -> None:
@@ -126,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_table(commands)
     add_train(commands)
     add_bench(commands)
+    add_check(commands)
     return parser
 
 
@@ -247,6 +259,40 @@ def add_bench(commands) -> None:
         "  dynattn bench",
     )
     sub.add_argument("names", nargs="*", default=[], metavar="NAME", help="what to measure (default: everything)")
+
+
+def add_check(commands) -> None:
+    """The options of `check`."""
+    sub = add_command(
+        commands,
+        check,
+        "check functions of a file against the papers' loops",
+        "Checks what the file defines under the names of the operations (dense_attention, sample_points, ...):\n"
+        "outputs and gradients, on random cases. Where it is wrong, says in which case and, if it knows the\n"
+        "mistake, which. The file runs in a process and an empty folder of its own; what it prints is not shown.\n"
+        "Exit code: 0 all passed, 1 something is wrong, 2 there is nothing to check.",
+        "  dynattn check answers.py\n  dynattn check answers.py --operation sample_points --timeout 10",
+    )
+    sub.add_argument("file", type=existing_file, metavar="FILE", help="a Python file")
+    sub.add_argument("--operation", metavar="NAME", help="check only this one (default: all that the file defines)")
+    sub.add_argument(
+        "--cases", type=int, default=20, metavar="N", help="random cases of each operation (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the cases (default: %(default)s)")
+    sub.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for loading the file, and for each operation (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--memory",
+        type=int,
+        default=2048,
+        metavar="MIB",
+        help="that the file may use, beside what torch takes (default: %(default)s)",
+    )
 
 
 def add_paper(sub: argparse.ArgumentParser) -> None:

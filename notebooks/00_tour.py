@@ -13,6 +13,7 @@
 import inspect
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,11 @@ import dynattn
 from dynattn import cost, ops, verify, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
-from dynattn.figures.dat import draw_query
+from dynattn.figures.dat import draw_query, queries
+from dynattn.figures.measures import attention_share, others, points_share, references_share, under
+from dynattn.figures.subjects import test_picture
+from dynattn.training import get_recipe
+from dynattn.widgets import Lens
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 plt.rcParams.update({"figure.dpi": 100, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
@@ -172,11 +177,16 @@ asked = {
 }
 
 
-def share_on_object(record) -> float:
-    """The attention of the query that falls on the object, the mean over heads."""
+def share_on(mask, record, row: float, col: float) -> float:
+    """The attention of a query that falls on the object, the mean over heads."""
     keys = [record.keys(row, col, head) for head in range(record.heads)]
-    pixels = [one.xy.round().long().clamp(0, 127) for one in keys]
-    return float(np.mean([one.weight @ mask[xy[:, 1], xy[:, 0]].float() for one, xy in zip(keys, pixels, strict=True)]))
+    return float(np.mean([one.weight @ under(mask.float(), one.xy) for one in keys]))
+
+
+def draw_points(ax, record) -> None:
+    """Lines from the regular grid to where the points went, a colour for each group."""
+    for group in range(record.groups):
+        style.lines(ax, record.references_xy().numpy(), record.points_xy(group).numpy(), style.GROUPS[group])
 
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 5.3), layout="constrained")
@@ -184,10 +194,9 @@ for ax, (title, record) in zip(axes, asked.items(), strict=True):
     style.photograph(ax, sharp, (128, 128))
     style.outline(ax, sharp_mask, (128, 128))
     if record.kind == "deformable":
-        for group in range(record.groups):
-            style.lines(ax, record.references_xy().numpy(), record.points_xy(group).numpy(), style.GROUPS[group])
+        draw_points(ax, record)
     draw_query(ax, record, row, col)
-    ax.set_title(f"{title}, {share_on_object(record):.0%} on the object")
+    ax.set_title(f"{title}, {share_on(mask, record, row, col):.0%} on the object")
 show(figure)
 
 _, deformable, _ = asked.values()
@@ -246,6 +255,152 @@ for ax, (r, c), title in zip(axes, [(row, col), far], ["a query on the object", 
     style.star(ax, c, r)
     ax.set_title(f"{title}: {float(heat[mask].sum()):.0%} from the object")
 show(figure)
+
+# %% [markdown]
+# ## Dense, window, deformable
+#
+# `vit_mini` and `swin_mini` ship beside `dat_mini`: about as many parameters, one recipe, the same images. What differs
+# is what a query may read. Each is shown by one of its layers on the map of `16 × 16` tokens: the one with most
+# attention on the object, relative to another image's mask. That is its best layer, not a typical one.
+
+# %%
+KINDS = {"vit_mini": "dense", "swin_mini": "window", "dat_mini": "deformable"}
+COUNT, WIDE = 24, 512  # test images that are measured; the side of a large image
+
+models = {name: dynattn.create_model(name, pretrained=True) for name in KINDS}
+accuracy = {name: weights.read(weights.path(name))[1]["accuracy"] for name in KINDS}
+macs = {name: cost.count(network, 128).macs for name, network in models.items()}
+wide = {name: cost.count(dynattn.create_model(name, img_size=WIDE).to("meta"), WIDE).macs for name in KINDS}
+
+pictures = [test_picture(i, (128, 128)) for i in range(COUNT)]  # what a model sees, what is shown, where the object is
+traces = {name: [dynattn.trace(network, one.x) for one in pictures] for name, network in models.items()}
+masks = torch.stack([Shapes("easy", "test", 128)[i][2] for i in range(COUNT)])
+own, other = list(masks.float()), [others(masks, i) for i in range(COUNT)]  # other: the mean of all other masks
+
+
+def on_average(share, name: str, layer: str, masks) -> float:
+    """A share of what a layer does that lies on the object: the mean over the test images."""
+    return float(np.mean([share(t[layer], mask) for t, mask in zip(traces[name], masks, strict=True)]))
+
+
+found, shown = {}, {}
+for name, kind in KINDS.items():
+    t = traces[name][0]
+    found[name] = {
+        layer: [on_average(attention_share, name, layer, under_it) for under_it in (own, other)] for layer in t.layers
+    }
+    layers = [record.name for record in t.of_kind(kind) if record.query_shape == (16, 16)]
+    shown[name] = layers[int(np.argmax([found[name][layer][0] / found[name][layer][1] for layer in layers]))]
+
+on, off = queries(pictures[SCENE])
+rows = [
+    f"| model | accuracy | multiply-adds | at {WIDE} × {WIDE} | layer shown | keys, in a head | on the object |",
+    "| --- " * 7 + "|",
+]
+for name, layer in shown.items():
+    attention, chance = found[name][layer]
+    rows.append(
+        f"| `{name}` | {accuracy[name]:.1%} | {macs[name] / 1e9:.2f} G | {wide[name] / 1e9:.1f} G | `{layer}` "
+        f"| {len(traces[name][SCENE][layer].keys(*on).weight)} | {attention:.0%}, another image's mask: {chance:.0%} |"
+    )
+say("\n".join(rows))
+say(
+    f"Accuracy: {get_recipe('vit_mini').test_count:,} test images, one seed of each network. "
+    f"On the object: attention of all queries and heads, mean over {COUNT} test images."
+)
+
+# %% [markdown]
+# Two queries, placed by the mask alone: the object's pixel nearest to its middle, and one as far from it as can be.
+
+# %%
+figure, axes = plt.subplots(2, 3, figsize=(12, 8.6), layout="constrained")
+for column, name in zip(axes.T, KINDS, strict=True):
+    record = traces[name][SCENE][shown[name]]
+    column[0].set_title(f"{KINDS[name]}: {name}", fontsize=17)
+    for ax, place in zip(column, (on, off), strict=True):
+        style.photograph(ax, pictures[SCENE].shown, (128, 128))
+        style.outline(ax, pictures[SCENE].mask, (128, 128))
+        if record.kind == "deformable":
+            draw_points(ax, record)
+        draw_query(ax, record, *place)
+        ax.set_xlabel(f"{share_on(mask, record, *place):.0%} on the object", fontsize=15)
+axes[0, 0].set_ylabel("query on the object", fontsize=15)
+axes[1, 0].set_ylabel("query in the background", fontsize=15)
+show(figure)
+
+asked = {  # both queries in every test image
+    name: np.mean(
+        [
+            [share_on(mask, t[shown[name]], *place) for place in queries(one)]
+            for one, mask, t in zip(pictures, masks, traces[name], strict=True)
+        ],
+        axis=0,
+    )
+    for name in KINDS
+}
+both = ", ".join(f"`{name}` {first:.0%} and {second:.0%}" for name, (first, second) in asked.items())
+for name in ("vit_mini", "dat_mini"):
+    assert asked[name][0] < 0.5 < asked[name][1]
+say(
+    f"Area of a dot: attention, at one scale. Mean over {COUNT} test images of what these two queries put on the "
+    f"object: {both}. In the dense and the deformable layer the background looks at the object, and a query on it "
+    f"mostly looks away."
+)
+
+# %% [markdown]
+# And all layers, not the best alone:
+
+# %%
+figure, ax = plt.subplots(figsize=(11, 3.8), layout="constrained")
+for name, colour, marker in zip(KINDS, (style.INK, style.BLUE, style.ORANGE), "osD", strict=True):
+    attention, chance = np.array(list(found[name].values())).T
+    depth = (np.arange(len(attention)) + 0.5) / len(attention)
+    ax.plot(depth, chance, color=colour, linestyle=":")
+    ax.plot(depth, attention, color=colour)
+    for x, y, record in zip(depth, attention, traces[name][SCENE], strict=True):
+        tokens = record.query_shape[0] * record.query_shape[1]
+        anywhere = record.kind == "deformable" or len(record.keys(*on).weight) == tokens
+        ax.plot(x, y, marker, markersize=10, color=colour if anywhere else style.PAPER, markeredgecolor=colour)
+    place = dict(textcoords="offset points", va="center", color=colour, fontsize=13)
+    ax.annotate(name, (depth[-1], attention[-1]), (12, 0), **place)
+ax.annotate("another image's mask", (0.96, chance[-1]), (8, 0), **place | {"color": style.GREY})
+ax.set(xlim=(0, 1.16), ylim=(0, 0.85), xticks=[0.05, 0.95], xticklabels=["first layer", "last layer"])
+ax.set_ylabel("attention on the object")
+ax.spines[["top", "right"]].set_visible(False)
+plt.close(figure)
+display(figure)
+
+assert accuracy["vit_mini"] > accuracy["dat_mini"] > accuracy["swin_mini"]
+assert max(own for layer, (own, _) in found["swin_mini"].items() if "layers.2" not in layer) < 0.25
+moved = [
+    f"`{record.name}` {on_average(points_share, 'dat_mini', record.name, own):.0%} "
+    f"({on_average(references_share, 'dat_mini', record.name, own):.0%})"
+    for record in traces["dat_mini"][SCENE].of_kind("deformable")
+]
+say(f"Points of `dat_mini` that lie on the object (of the grid that they start from): {', '.join(moved)}.")
+
+# %% [markdown]
+# Filled: a query may read from the whole map, also in the last layers of Swin and DAT, where one window is the map.
+#
+# - **Dense** attention reads everything, and is the most accurate here. But every query pays for every token: about
+#   twice the multiply-adds of the others, and many times as many in a larger image.
+# - **Windows** (of a shifted layer, smaller at the rim) cost least as images grow, and the query in the background
+#   cannot read an object outside its own. Swin finds it only where one window has become the whole map.
+# - **Deformable** attention reads as few keys as a window holds, but from anywhere, and finds the object a stage before
+#   Swin does. Its points have hardly gathered there, on the coarser map a little more: mostly it is the weights that
+#   choose among them. As its grid has a fixed stride, points grow in number with the image, and so does the cost.
+#
+# ## The lens
+#
+# The same three, live. In JupyterLab, Notebook, VS Code or Colab, click a pixel or take the arrow keys, choose layers
+# and heads, fade from attention to rollout. Without a kernel you see its picture. `lens.save("lens.html")` writes a
+# page that answers clicks with no kernel and no network.
+
+# %%
+record = traces["dat_mini"][SCENE][shown["dat_mini"]]
+x, y = record.cells()[record.query(*off)].tolist()  # the middle of the query's cell
+lens = Lens(models, pictures[SCENE].shown, row=y, col=x, layer=list(shown.values()))
+display(lens)
 
 # %% [markdown]
 # ## The published models
@@ -308,7 +463,8 @@ say("\n".join(rows))
 # ## How it is kept true
 #
 # The loops are the specification: one number at a time, with the letters of the equations. Everything faster is
-# compared with them, outputs and every gradient, in double precision:
+# compared with them on random cases, outputs and every gradient, in double precision: PyTorch, the kernels in Numba for
+# CPUs, and those in Triton where there is a CUDA device.
 
 # %%
 say(f"```python\n{inspect.getsource(dynattn.core.sample_points_loops)}```")
@@ -316,11 +472,37 @@ for name in verify.operations():
     verify.check(name, getattr(ops, name))  # random cases; raises at the first number that is off
 say(f"Equal to their loops: {', '.join(f'`{name}`' for name in verify.operations())}.")
 
+verify.check("deformable_attention", partial(ops.deformable_attention, impl="numba"))
+call = verify.case("deformable_attention", seed=0)
+by_loops, by_kernel = (
+    ops.deformable_attention(*call.arguments.values(), **call.options, impl=impl) for impl in ("loops", "numba")
+)
+say(f"The kernel, too: in one such case the largest difference is {float((by_loops - by_kernel).abs().max()):.0e}.")
+
+# %% [markdown]
+# The same oracle reads what you write. Where it is wrong, it looks for the simplest case that shows it, and for a
+# mistake it knows that gives the same wrong numbers:
+
+
+# %%
+def mine(x, points):
+    """Feature maps at points (row, col)."""
+    return torch.nn.functional.grid_sample(x, points[:, None], align_corners=True)[:, :, 0]
+
+
+try:
+    verify.check("sample_points", mine)
+except verify.Mismatch as mismatch:
+    say(f"```text\n{mismatch}\n```")
+
 # %% [markdown]
 # ## Where to go next
 #
 # - [01_dat](01_dat.ipynb): the paper from its first equation to its last figure, with the places where text and code
 #   part.
 # - `dynattn/mechanisms/deformable.py`: the mechanism in one file, to be read top to bottom beside the paper.
+# - `Lens(your_model, "photo.jpg")`: models of timm's, too.
+# - `dynattn check answers.py`: write the operations yourself, in a file, and have them checked; the command says where
+#   and why one is wrong.
+# - `dynattn bench ops`: what the kernels save, in time and memory, on your machine.
 # - `dynattn figures --image photo.jpg`, `dynattn table`, `dynattn train dat_mini`: each explains itself with `--help`.
-# - `verify.check("deformable_attention", your_function)`: write it yourself and have it checked.

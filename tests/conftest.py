@@ -8,7 +8,13 @@ the checks; the fixture `unchecked` turns it off for one test, so that bad input
 
 import os
 
-from jaxtyping import config, install_import_hook
+import torch
+
+# Where there is no GPU, Triton's kernels run in Triton's interpreter, which must be told before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from jaxtyping import config, install_import_hook  # noqa: E402
 
 CHECKED = ["core", "tracing", "mechanisms", "ops", "models", "verify"]
 if os.environ.get("DYNATTN_CHECK_SHAPES", "1") != "0":
@@ -17,9 +23,14 @@ if os.environ.get("DYNATTN_CHECK_SHAPES", "1") != "0":
 from pathlib import Path  # noqa: E402  (whatever could import dynattn comes after the hook)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "official"
+
+
+def pytest_report_header() -> str:
+    """What the tests of Triton's kernels run on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: its interpreter, on the CPU"
+    return f"GPU for Triton's kernels: {gpu}"
 
 
 @pytest.fixture(autouse=True)

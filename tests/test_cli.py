@@ -13,7 +13,7 @@ import pytest
 
 from dynattn import __version__, cli
 
-COMMANDS = ("figures", "lab", "table", "train", "bench")
+COMMANDS = ("figures", "lab", "table", "train", "bench", "check")
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "skimage", "sklearn", "accelerate", "numba")
 
 

@@ -297,16 +297,6 @@ BAD = [
         ValueError,
         r"impl: expected one of 'auto', .*, got 'cuda'",
     ),
-    (
-        lambda: ops.sample_points(Z(1, 3, 4, 4), Z(1, 5, 2), impl="numba"),
-        ValueError,
-        r"impl: sample_points has no 'numba' kernel here",
-    ),
-    (
-        lambda: ops.sample_points(Z(1, 3, 4, 4), Z(1, 5, 2), impl="triton"),
-        ValueError,
-        r"impl: sample_points has no 'triton' kernel here",
-    ),
     (lambda: ops.dense_attention(Z(2, 3, 4), Z(2, 3, 4), Z(2, 3, 4)), ValueError, r"q: expected 4 dimensions"),
     (lambda: ops.dense_attention(Z(1, 2, 3, 4), Z(1, 2, 5, 6), Z(1, 2, 5, 4)), ValueError, r"k: .* with d = 4, got"),
     (lambda: ops.dense_attention(Z(1, 2, 3, 4), Z(1, 1, 5, 4), Z(1, 2, 5, 4)), ValueError, r"k: .* with h = 2, got"),

@@ -460,12 +460,6 @@ BAD = [
     (lambda: attend(query_shape=(2, 2)), ValueError, r"q: expected shape \(B h 4 d\)"),
     (lambda: attend(query_grid="center"), ValueError, r"query_grid: expected one of 'centre', 'corner', got 'center'"),
     (lambda: attend(scale=float("nan")), ValueError, r"scale: expected a finite float or None, got nan"),
-    (
-        lambda: attend(impl="numba"),
-        ValueError,
-        r"impl: deformable_attention has no 'numba' kernel here, only 'loops', 'torch'",
-    ),
-    (lambda: attend(impl="triton"), ValueError, r"impl: deformable_attention has no 'triton' kernel here"),
     (lambda: attend(impl="fast"), ValueError, r"impl: expected one of .*, got 'fast'"),
     (lambda: build(heads=3), ValueError, r"heads: expected a divisor of 8, got 3"),
     (lambda: build(heads=0), ValueError, r"heads: expected at least 1, got 0"),

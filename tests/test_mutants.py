@@ -1,5 +1,8 @@
 """The tests tested: `verify.check` tells every mistake of its catalogue from the loops and names it, and no more."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ def test_every_operation_is_known():
 def test_mistake_is_caught_and_named(operation, name):
     """Killed, in outputs or in a gradient, and told apart from every other mistake."""
     with pytest.raises(verify.Mismatch) as caught:
-        verify.check(operation, MISTAKES[operation][name])
+        verify.check(operation, MISTAKES[operation][name], shrink=False)
     assert caught.value.mistakes == [name]
     assert caught.value.where.startswith("gradient of ") == name.startswith("gradient cut")
     assert name in str(caught.value)
@@ -46,7 +49,7 @@ def test_mistakes_are_caught_on_other_seeds(operation):
     alive = []
     for name, mistake in MISTAKES[operation].items():
         try:
-            verify.check(operation, mistake, seed=1000)
+            verify.check(operation, mistake, seed=1000, shrink=False)
             alive.append(name)
         except verify.Mismatch:
             pass
@@ -156,15 +159,15 @@ def test_message():
         verify.check("sample_points", student, seed=7)
     error = caught.value
     assert isinstance(error, AssertionError)
-    assert (error.where, error.index, error.mistakes, error.case.seed) == ("output", (0, 0, 0), [], 7)
+    assert (error.where, error.index, error.mistakes) == ("output", (0, 0, 0), [])
     assert error.error == pytest.approx(0.25)
     lines = str(error).splitlines()
-    assert lines[0].startswith("sample_points: the output is wrong: at [0, 0, 0] ") and "off by 0.25" in lines[0]
-    assert lines[1].strip() == "no mistake of the catalogue gives this answer"
-    assert lines[2].strip().startswith("in the case of seed 7: x (") and lines[3].strip().startswith(
-        "which verify.case("
-    )
-    call = verify.case("sample_points", 7)
+    assert lines[0].startswith("sample_points: the output is wrong: at [0, 0, 0] (image 0, channel 0, point 0) ")
+    assert "off by 0.25" in lines[0]
+    assert lines[1] == "  no mistake of the catalogue gives this answer"
+    assert lines[2].startswith("  in the case of x (1, 1, 1, 1) = [[[[") and lines[3] == f"  again: {error.case.line}"
+    call = eval(error.case.line)
+    assert str(call) == str(error.case)
     wrong, right = student(*call.arguments.values()), ops.sample_points(*call.arguments.values())
     assert f"{wrong[0, 0, 0]:.8g}, expected {right[0, 0, 0]:.8g}" in lines[0]
 
@@ -206,7 +209,7 @@ def test_wrong_shapes_and_numbers_that_are_none():
     with pytest.raises(verify.Mismatch, match=r"the output is wrong: expected shape \(.*\), got \(") as caught:
         verify.check("sample_points", lambda x, points: ops.sample_points(x, points).mT)
     assert caught.value.error == float("inf")
-    with pytest.raises(verify.Mismatch, match=r"at \[0, 0, 0\] nan, expected"):
+    with pytest.raises(verify.Mismatch, match=r"at \[0, 0, 0\] \(.*\) nan, expected"):
         verify.check("sample_points", lambda x, points: ops.sample_points(x, points) * torch.nan)
 
 
@@ -214,7 +217,8 @@ def test_errors_of_the_function_come_through():
     """With a note of the case, and nothing swallowed."""
     with pytest.raises(ZeroDivisionError) as caught:
         verify.check("sample_points", lambda x, points: 1 / 0)
-    assert caught.value.__notes__[0].startswith("in the case of seed 0: x (")
+    assert caught.value.__notes__[0].startswith("in the case of x (1, 1, 1, 1) = [[[[")
+    assert "\nagain: verify.case(" in caught.value.__notes__[0]
     with pytest.raises(TypeError, match="function: expected to return a floating tensor, got list"):
         verify.check("sample_points", lambda x, points: [])
     with pytest.raises(TypeError, match="function: expected to return a floating tensor, got torch.int64"):
@@ -222,18 +226,162 @@ def test_errors_of_the_function_come_through():
 
 
 def test_a_function_that_fails_elsewhere_is_still_diagnosed():
-    """Wrong in its first case, raising in the next: the first is what is told."""
-    asked = []
+    """Wrong where there are several keys, raising where there are several images: the numbers are what is told."""
 
     def student(q, k, v):
-        asked.append(q)
-        if len({id(q.untyped_storage()) for q in asked}) > 1 and q.shape != asked[0].shape:
-            raise RuntimeError("odd sizes are not supported")
+        if len(q) > 1 and wrong:
+            raise RuntimeError("one image at a time")
+        wrong.extend([q] if k.shape[2] > 1 else [])
         return by_hand_attention(q, k, v, scale=1.0)
 
+    wrong = []
     with pytest.raises(verify.Mismatch) as caught:
         verify.check("dense_attention", student)
     assert "scale missing" in caught.value.mistakes
+
+
+# ------------------------------------------------------------------------------------------------- the simplest case
+
+
+@pytest.mark.parametrize(
+    "operation, name, sizes",
+    [
+        ("sample_points", "rows and columns swapped", {"B": 1, "C": 1, "H": 1, "W": 2, "N": 1}),
+        ("sample_points", "first image for the whole batch", {"B": 2, "C": 1, "H": 1, "W": 1, "N": 1}),
+        ("dense_attention", "scale missing", {"B": 1, "h": 1, "L": 1, "N": 2, "bias": False}),
+        ("dense_attention", "gradient cut at the bias", {"B": 1, "h": 1, "L": 1, "N": 2, "d": 1, "bias": True}),
+        ("window_attention", "bias missing", {"B": 1, "h": 1, "d": 1, "shift": (0, 0), "table": True, "scale": None}),
+        ("deformable_attention", "bias missing", {"B": 1, "g": 1, "h": 1, "d": 1, "N": 2, "query_grid": "centre"}),
+        ("detr_attention", "only the first point is read", {"B": 1, "h": 1, "d": 1, "L": 1, "K": 2}),
+    ],
+)
+def test_the_case_is_as_simple_as_the_mistake_allows(operation, name, sizes):
+    """Every size, option and layout that it does not need is at its smallest; it is named as before."""
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check(operation, MISTAKES[operation][name])
+    choices = caught.value.case.choices
+    assert sizes.items() <= choices.items() and choices["layout"] == "contiguous"
+    assert caught.value.mistakes == [name]
+
+
+def test_the_first_case_is_told_if_it_is_not_to_shrink():
+    def student(q, k, v, scale=None):
+        asked.append(len(q))
+        return ops.dense_attention(q, k, v, scale=scale) * (1 if len(q) == 1 else 2)
+
+    sizes = {}
+    for shrink in (False, True):
+        asked = []
+        with pytest.raises(verify.Mismatch) as caught:
+            verify.check("dense_attention", student, shrink=shrink)
+        sizes[shrink] = sum(t.numel() for t in caught.value.case.arguments.values())
+    assert sizes[True] == 2 * 3 < sizes[False]
+
+
+def test_inputs_that_are_not_contiguous():
+    """A function that needs its inputs in one piece is told so; one that only breaks on strided ones is caught."""
+    with pytest.raises(RuntimeError, match="view size is not compatible") as caught:
+        verify.check("sample_points", lambda x, points: ops.sample_points(x.view(-1).view(x.shape), points))
+    assert "with strides" in caught.value.__notes__[0] and "layout='contiguous'" not in caught.value.__notes__[0]
+    layouts = {verify.case("dense_attention", seed).choices["layout"] for seed in range(20)}
+    assert layouts == {"contiguous", "transposed", "strided"}
+
+
+def test_what_answers_at_random_is_reported_all_the_same():
+    """Dropout left on: each case is asked once, so that the search neither ends nor fails."""
+    generator = torch.Generator().manual_seed(0)
+
+    def student(q, k, v):
+        return ops.dense_attention(q, k, v) * (torch.rand((), generator=generator) < 0.7)
+
+    with pytest.raises(verify.Mismatch) as caught:
+        verify.check("dense_attention", student)
+    assert caught.value.mistakes == []
+
+
+def test_what_was_found_is_told_when_time_is_up():
+    """A search for the simplest that has to stop loses neither the mismatch nor, before there is one, the stop."""
+    calls = []
+
+    def answers(call: verify.Case) -> verify.Answer:
+        calls.append(call)
+        if len(calls) > most:
+            raise verify.Stopped("time is up")
+        return verify.answer_to(call, MISTAKES["dense_attention"]["bias subtracted"])
+
+    how = {"held": frozenset(), "cases": 20, "seed": 0, "shrink": True}
+    most = 12
+    with pytest.raises(verify.Mismatch):
+        verify.check_answers("dense_attention", answers, **how)
+    assert len(calls) > most
+    calls.clear()
+    most = 0
+    with pytest.raises(verify.Stopped, match="time is up"):
+        verify.check_answers("dense_attention", answers, **how)
+
+
+def test_the_same_seed_tells_the_same(tmp_path, monkeypatch):
+    """Whatever has been checked before; and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for seed in (3, 4, 3):
+        with pytest.raises(verify.Mismatch) as caught:
+            verify.check("dense_attention", MISTAKES["dense_attention"]["bias missing"], seed=seed)
+        told.append(str(caught.value))
+    assert told[0] == told[2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_of_the_matrix_are_drawn():
+    """Rectangular, prime, not divisible, one token, one head, batch one; round numbers in some."""
+    drawn = [verify.case("window_attention", seed).choices for seed in range(60)]
+    assert any(c["H"] != c["W"] for c in drawn) and any(c["H"] % c["wi"] and c["H"] > c["wi"] for c in drawn)
+    assert {1, 5} <= {c["H"] for c in drawn} and {c["h"] for c in drawn} == {c["B"] for c in drawn} == {1, 2}
+    assert any(c["H"] == c["W"] == 1 for c in drawn) and {c["numbers"] for c in drawn} == {"round", "any"}
+
+
+def test_a_case_by_its_choices():
+    call = verify.case("sample_points", 3, B=1, C=1, H=2, W=7, N=1, numbers="round", layout="strided")
+    assert call.arguments["x"].shape == (1, 1, 2, 7) and not call.arguments["x"].is_contiguous()
+    assert torch.equal(call.arguments["x"], call.arguments["x"].round())
+    line = "verify.case(\"sample_points\", 3, B=1, C=1, H=2, W=7, N=1, numbers='round', layout='strided')"
+    assert repr(call) == call.line == line
+    assert verify.case("sample_points", 3, W=7).arguments["x"].shape[3] == 7
+
+
+def test_the_place_is_told_in_words():
+    """By the letters of the operation; a query of a map by its row and column too."""
+
+    def student(q, k, v, points, table, query_shape):
+        return Crooked.apply(ops.deformable_attention(q, k, v, points, table, query_shape))
+
+    class Crooked(torch.autograd.Function):
+        @staticmethod
+        def forward(context, z):
+            z = z.clone()
+            z[:, -1, -1, 0] += 1
+            return z
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient
+
+    q, k, v = (torch.rand(1, 2, n, 2, dtype=torch.float64) for n in (6, 3, 3))
+    points = torch.rand(1, 1, 3, 2, dtype=torch.float64)
+    words = r"at \[0, 1, 5, 0\] \(image 0, head 1, query 5 \(row 1, column 2\), channel 0\)"
+    with pytest.raises(verify.Mismatch, match=words):
+        verify.compare("deformable_attention", student, q, k, v, points, None, (2, 3))
+    with pytest.raises(verify.Mismatch, match=r"points is wrong: at .* \(image 0, point 0, its (row|column)\)"):
+        verify.check("sample_points", MISTAKES["sample_points"]["gradient cut at the points"])
+    with pytest.raises(verify.Mismatch, match=r"bias is wrong: at .* \(head 0, query 0, key 0\)"):
+        verify.check("dense_attention", MISTAKES["dense_attention"]["gradient cut at the bias"])
+    with pytest.raises(verify.Mismatch, match=r"table is wrong: at .* \(head 0, table row \d, table column \d\)"):
+        verify.check("window_attention", MISTAKES["window_attention"]["gradient cut at the table"])
+
+
+def test_hypothesis_is_imported_when_it_is_needed():
+    for path in Path(verify.__file__).parent.glob("*.py"):
+        assert not re.search(r"^(import|from) hypothesis", path.read_text(), flags=re.MULTILINE)
 
 
 def test_comparison_on_inputs_of_ones_own():
@@ -279,6 +427,9 @@ def test_checking_leaves_the_cases_alone():
             r"operation: expected one of 'sample_points', .*, got 'sampling'",
         ),
         (lambda: verify.case("sampling", 0), ValueError, r"operation: expected one of"),
+        (lambda: verify.case("sample_points", 0, K=1), ValueError, r"choices: expected one of 'B', 'C', .*, got 'K'"),
+        (lambda: verify.case("sample_points", 0, B=0), ValueError, r"B: expected at least 1, got 0"),
+        (lambda: verify.case("sample_points", 0, layout="odd"), ValueError, r"layout: expected one of 'contiguous'"),
         (lambda: verify.check("sample_points", 3), TypeError, r"function: expected something to call, got int"),
         (lambda: verify.check("sample_points", abs, cases=0), ValueError, r"cases: expected at least 1, got 0"),
         (

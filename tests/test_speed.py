@@ -27,6 +27,24 @@ def test_import_is_as_fast_as_torch_s():
     assert measured("imports(rounds=3)") <= 1.3 / 0.8
 
 
+@pytest.mark.speed
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("points", [49, 196, 784])
+def test_deformable_attention_beats_dense_attention_with_a_mask(points, backward):
+    assert measured(f"speed_up({points}, {backward}, rounds=2)") >= (1.3 if backward else 1.5) * 0.8
+
+
+@pytest.mark.speed
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read where Linux has it")
+def test_the_bias_of_deformable_attention_never_exists():
+    assert measured("memory(196)") <= 0.2 / 0.8
+
+
+@pytest.mark.speed
+def test_kernels_beat_the_loops():
+    assert measured("over_loops(rounds=1)") >= 200 * 0.8
+
+
 @pytest.mark.slow
 @pytest.mark.speed
 def test_figures_take_less_than_three_minutes():
@@ -50,14 +68,25 @@ def test_the_printed_table(capsys, monkeypatch):
     bench.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["model", "import"]
-    assert lines[1].endswith("0.97 x     1.25 x") and lines[2].endswith("1.31 x     1.30 x   too slow")
+    assert lines[1].endswith("0.97 x  at most     1.25 x") and lines[2].endswith("1.31 x  at most     1.30 x   missed")
     bench.main(["figures"])
-    assert capsys.readouterr().out.splitlines()[1].endswith("60.00 s   180.00 s")
+    assert capsys.readouterr().out.splitlines()[1].endswith("60.00 s  at most   180.00 s")
+
+
+def test_a_group_has_many_rows_and_some_want_much(capsys, monkeypatch):
+    rows = {
+        "a": bench.Benchmark("as fast", lambda: 3.0, 1.5, least=True),
+        "b": bench.Benchmark("not", lambda: 1.0, 1.5, least=True),
+    }
+    monkeypatch.setitem(bench.GROUPS, "ops", lambda: rows)
+    bench.main(["ops"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("at least     1.50 x") and lines[2].endswith("at least     1.50 x   missed")
 
 
 @pytest.mark.parametrize("names", [["modle"], ["model", "gpu"]])
 def test_unknown_names(names):
-    with pytest.raises(ValueError, match="names: expected some of model, import, figures, got '(modle|gpu)'"):
+    with pytest.raises(ValueError, match="names: expected some of model, import, figures, ops, got '(modle|gpu)'"):
         bench.main(names)
 
 

@@ -21,7 +21,7 @@ from .drawing import Drawing, Plan, aspect_of, compared, conditions, ground, obj
 from .measures import move, propagate, reach, received
 from .subjects import RANDOM, Picture, Setting, Subject, load_subject
 
-# Test images, chosen by their index for a spread of classes, places and backgrounds, before any model was trained.
+# Test images, chosen for a spread of classes, places and backgrounds, not by what a model makes of them.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
 SWEEP, SWIN = "dat_sweep_s", "swin_mini"
 TOP_KEYS = 40

@@ -96,7 +96,7 @@ def sheet(
         plot.tick_params(labelsize=SMALL + 1, colors=INK)
         plot.yaxis.set_label_coords(-0.55 / width, 0.5)
     if measures:
-        compare(axes(4.6, measures_at + 0.3, WIDTH - 4.6 - 3 * EDGE, MEASURE * len(measures)), measures)
+        compare(axes(4.6, measures_at + 0.3, WIDTH - 4.6 - 4 * EDGE, MEASURE * len(measures)), measures)
     return Sheet(figure, panels, lower, 1 - (key_at + 0.5 * KEY - 0.03) / height)
 
 
@@ -120,7 +120,7 @@ def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
             if numbers:
                 (marks[kind],) = ax.plot(numbers, [row] * len(numbers), linestyle="none", **kinds[kind])
         place = dict(textcoords="offset points", va="center_baseline", fontsize=SMALL + 1, color=INK, weight="bold")
-        ax.annotate(f"{one['trained']:.2f}", (max(sum(values.values(), [])), row), (12, 0), **place)
+        ax.annotate(f"{one['trained']:.2f}", (1, row), (8, 0), **place)
     ax.set(xlim=(0, 1), ylim=(-0.6, len(measures) - 0.4))
     ax.set_yticks(rows, [one["name"] for one in measures], fontsize=SMALL + 1, color=INK)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"], fontsize=SMALL, color=GREY)

@@ -18,16 +18,16 @@ Cost (DAT-10), N_s points, k the kernel of the offset network:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from dynattn import core, tracing
+from dynattn.kernels import deformable as kernel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -51,7 +51,7 @@ def deformable_attention_loops(
     for b in range(B):
         for m in range(h):
             g = m * G // h
-            for l in range(L):  # noqa: E741  (the paper's letter)
+            for l in range(L):
                 logits = []
                 for n in range(N):
                     logit = sum(q[b, m, l, c] * k[b, m, n, c] for c in range(d)) * scale
@@ -101,7 +101,22 @@ def deformable_attention_torch(
 # 3. The operation
 # ---------------------------------------------------------------------------------------------------------------------
 
-FORMS = {"loops": deformable_attention_loops, "torch": deformable_attention_torch}
+
+def _kernel(backend: str) -> Callable:
+    """The operator of a backend as a form."""
+
+    def form(q, k, v, points, table, query_shape, query_grid, scale):
+        return kernel.OPERATORS[backend](q, k, v, points, table, *query_shape, query_grid == "centre", scale)[0]
+
+    return form
+
+
+FORMS = {
+    "loops": deformable_attention_loops,
+    "torch": deformable_attention_torch,
+    "numba": _kernel("numba"),
+    "triton": _kernel("triton"),
+}
 
 
 def deformable_attention(
@@ -124,13 +139,14 @@ def deformable_attention(
     Returns (B, h, H W, d), differentiable in all five tensors. Raises TypeError, ValueError on wrong arguments.
     Source: DAT section 3.2, equation 9.
     """
-    form = core.implementation("deformable_attention", impl, FORMS)
     core.one_of("query_grid", query_grid, ("centre", "corner"))
     H, W = core.pair("query_shape", query_shape)
     shapes = {"q": (q, f"B h {H * W} d"), "k": (k, "B h N d"), "v": (v, "B h N d"), "points": (points, "B g N 2")}
     sizes = core.bind(**shapes, **({} if table is None else {"table": (table, "h I J")}))
     if sizes["h"] % sizes["g"]:
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
+    pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
+    form = core.implementation("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
     return form(q, k, v, points, table, (H, W), query_grid, core.scale_or_default(scale, sizes["d"]))
 
 
@@ -219,7 +235,7 @@ class DeformableAttention(nn.Module):
             relative = position_bias == "relative"
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
-            trunc_normal_(self.table, std=0.01)
+            nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))

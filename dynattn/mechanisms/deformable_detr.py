@@ -30,7 +30,7 @@ def detr_attention_loops(
     z = []
     for b in range(B):
         for m in range(h):
-            for l in range(L):  # noqa: E741  (the paper's letter)
+            for l in range(L):
                 at = [core.to_pixels(points[b, m, l, k], (H, W)) for k in range(K)]
                 for c in range(d):
                     z.append(sum(weights[b, m, l, k] * core.read_bilinear(v[b, m, c], *at[k]) for k in range(K)))
@@ -72,9 +72,8 @@ def detr_attention(
     outside; weights (B, h, L, K). Returns (B, h, L, d). Raises TypeError, ValueError on wrong arguments.
     Source: DAT appendix A, equation 11.
     """
-    form = core.implementation("detr_attention", impl, FORMS)
     core.bind(v=(v, "B h d H W"), points=(points, "B h L K 2"), weights=(weights, "B h L K"))
-    return form(v, points, weights)
+    return core.implementation("detr_attention", impl, FORMS, v)(v, points, weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Num
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from dynattn import core, tracing
@@ -235,7 +234,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.table = nn.Parameter(torch.empty(heads, 2 * window - 1, 2 * window - 1))
-        trunc_normal_(self.table, std=0.01)
+        nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))

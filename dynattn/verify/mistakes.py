@@ -72,6 +72,7 @@ def of_scale(form: Callable) -> dict[str, Callable]:
     return {
         "scale missing": altered(form, scale=lambda a: 1.0),
         "scale applied twice": altered(form, scale=lambda a: a.scale**2),
+        "scale given but ignored": altered(form, scale=lambda a: a.q.shape[-1] ** -0.5),
         "scale of all channels, not of one head's": altered(form, scale=lambda a: a.scale * a.q.shape[1] ** -0.5),
     }
 
@@ -327,6 +328,7 @@ DEFORMABLE_ATTENTION = {
     "query grid: centre and corner exchanged": altered(
         deformable, query_grid=lambda a: {"centre": "corner", "corner": "centre"}[a.query_grid]
     ),
+    "query grid given but ignored": altered(deformable, query_grid=lambda a: "centre"),
     "queries counted column by column": bias_read(order="(W H)"),
     "H and W swapped": altered(deformable, query_shape=lambda a: swapped(a.query_shape)),
     "table read with align_corners=False": bias_read(align_corners=False),

@@ -1,0 +1,133 @@
+"""From kernels to operators of torch: what every fast path has in common.
+
+An operation with kernels has a file that says how its operator looks (`deformable.py`: shapes of what comes out, FLOPs)
+and a file for each backend (`deformable_numba.py`, `deformable_triton.py`) with
+
+    forward(*inputs) -> (out, *kept)                      kept: what the backward needs besides the inputs
+    backward(grad_out, out, *kept, *inputs) -> one gradient for each input that is a tensor, in order
+
+`operators` makes of them `torch.ops.dynattn.NAME_numba` and `NAME_triton`, which autograd, torch.compile, the FLOP
+counter and opcheck know. A backend is imported at its first call. Gradients of gradients do not exist: `impl="torch"`
+has them.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("numba", "triton")
+LIBRARY = torch.library.Library("dynattn", "DEF")
+INSTALLED = {name: find_spec(name) is not None for name in BACKENDS}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels in Python, on any device: for tests
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device; None if it can."""
+    if not INSTALLED[backend]:
+        return f"{backend} is not installed"
+    if backend == "numba" and device.type != "cpu":
+        return f"its kernel runs on the CPU, the tensors are on {device}"
+    if backend == "triton" and device.type != "cuda" and not INTERPRETED:
+        return f"its kernel runs on CUDA devices, the tensors are on {device}"
+    return None
+
+
+def operators(
+    name: str, forward: Callable, backward: Callable, flops: Callable[..., int], file: str
+) -> dict[str, Callable]:
+    """The custom operators of an operation, by backend.
+
+    forward, backward: annotated like those of the backends, they make empty tensors of the right shape (the "fake"
+    registration). flops: from the shapes of the inputs, of the forward; the backward counts two and a half times that,
+    as torch counts it for attention. file: kernels/FILE_BACKEND.py has the backend.
+    """
+    return {
+        backend: _operator(f"{name}_{backend}", forward, backward, flops, f"{file}_{backend}") for backend in BACKENDS
+    }
+
+
+def _define(name: str, fake: Callable, run: Callable) -> Callable:
+    """A custom operator of torch that looks like `fake` and does what `run` does.
+
+    As torch.library.custom_op, without its wrapper, which imports torch's compiler, for seconds, at the first call.
+    """
+    LIBRARY.define(name + torch.library.infer_schema(fake, mutates_args=()))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dynattn::{name}", fake)
+    return getattr(torch.ops.dynattn, name).default
+
+
+def _operator(name: str, forward: Callable, backward: Callable, flops: Callable, file: str) -> Callable:
+    def of(part: str) -> Callable:
+        return lambda *arguments: getattr(import_module(f"dynattn.kernels.{file}"), part)(*arguments)
+
+    arity = len(signature(forward).parameters)
+    ahead, back = _define(name, forward, of("forward")), _define(f"{name}_backward", backward, of("backward"))
+
+    def keep(ctx, inputs, output):
+        values = (*output, *inputs)
+        ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in values]
+
+    def gradients(ctx, grads):
+        tensors = iter(ctx.saved_tensors)
+        saved = [next(tensors) if other is None else other[0] for other in ctx.others]
+        found = iter(back(grads[0], *saved))
+        return tuple(next(found) if isinstance(x, Tensor) else None for x in saved[-arity:])
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name}: a kernel has first derivatives only; impl='torch' has all")
+
+    torch.library.register_autograd(f"dynattn::{name}", gradients, setup_context=keep)
+    torch.library.register_autograd(f"dynattn::{name}_backward", refuse)
+    register_flop_formula(ahead.overloadpacket)(lambda *shapes, **_: flops(*shapes))
+    register_flop_formula(back.overloadpacket)(lambda *shapes, **_: flops(*shapes[-arity:]) * 5 // 2)
+    return ahead
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def working_dtype(like: Tensor) -> torch.dtype:
+    """What a CPU kernel computes in: float64 for float64, else float32."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def as_arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
+    """Tensors as arrays of one dtype whose last axis is contiguous; without a copy where they are so."""
+    tensors = [tensor.detach().to(dtype) for tensor in tensors]
+    return [(tensor if tensor.stride(-1) == 1 else tensor.contiguous()).numpy() for tensor in tensors]
+
+
+@cache
+def _workers(process: int, count: int) -> ThreadPoolExecutor:
+    """Threads of one process; a forked child gets its own."""
+    return ThreadPoolExecutor(count, thread_name_prefix="dynattn")
+
+
+def in_parallel(kernel: Callable, count: int, *arguments) -> None:
+    """kernel(begin, end, *arguments) over all of range(count), in pieces, by as many threads as torch uses.
+
+    The kernel must release the GIL and write for each item what no other item writes: then the answer does not depend
+    on the number of threads.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        return kernel(0, count, *arguments)
+    pieces = min(count, 4 * threads)
+    bounds = [count * i // pieces for i in range(pieces + 1)]
+    pool = _workers(os.getpid(), threads)
+    futures = [pool.submit(kernel, a, b, *arguments) for a, b in zip(bounds, bounds[1:], strict=False)]
+    for future in futures:
+        future.result()

@@ -1,0 +1,357 @@
+"""What the CPU kernels are made of: vectors of numbers in numba, and a product of small matrices within registers.
+
+    from dynattn.kernels.simd import exp2, load, multiply_add, store
+    store(out, (n, t), exp2(load(logits, (n, t)) - top))           # as many numbers as a register holds, inside @njit
+
+A `Vector` is a value like any other: + - * / with vectors and numbers, and the functions below. It says what LLVM does
+not find by itself, and needs no compiler on the machine: LLVM's vector types go to the code generator that numba has.
+An array that is read or written by vectors has contiguous rows, whole multiples of a register long (`padded`).
+"""
+
+import operator
+from contextlib import suppress
+from math import factorial, log
+from pathlib import Path
+
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+
+def forget_stale_code() -> None:
+    """Remove what numba has cached of kernels when any of their files is newer: it looks at the caller's file only."""
+    folder = Path(__file__).parent
+    newest = max(path.stat().st_mtime for path in folder.glob("*.py"))
+    for index in folder.glob("__pycache__/*.nbi"):
+        if index.stat().st_mtime < newest:
+            index.unlink(missing_ok=True)
+
+
+with suppress(OSError):  # a folder that cannot be written to has no cache either
+    forget_stale_code()
+
+REGISTER_BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
+LANES = REGISTER_BYTES // 4  # float32 numbers in a register; float64 has half as many, so the same lengths fit
+OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}}  # a * b + c may become one step; no other change
+
+
+@njit(**OPTIONS)
+def padded(length: int) -> int:
+    """The next whole multiple of a register's float32 numbers."""
+    return -(-length // LANES) * LANES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Vector(types.Type):
+    """A register full of float32 or float64."""
+
+    def __init__(self, dtype: types.Float):
+        self.dtype, self.lanes = dtype, REGISTER_BYTES * 8 // dtype.bitwidth
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.dtype).get_value_type(), kind.lanes))
+
+
+def _filled(context, builder, kind: Vector, number_type: types.Type, number: ir.Value) -> ir.Value:
+    """A vector of one number."""
+    number = context.cast(builder, number, number_type, kind.dtype)
+    vector = ir.Constant(context.get_value_type(kind), ir.Undefined)
+    vector = builder.insert_element(vector, number, ir.IntType(32)(0))
+    return builder.shuffle_vector(
+        vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), [0] * kind.lanes)
+    )
+
+
+def _constant(context, kind: Vector, numbers) -> ir.Constant:
+    """A vector of known numbers."""
+    return ir.Constant(context.get_value_type(kind), [float(number) for number in numbers])
+
+
+def _both(context, builder, sig, values) -> list[ir.Value]:
+    """Two operands as vectors, whichever of them is a number."""
+    kind = sig.return_type
+    return [
+        value if isinstance(given, Vector) else _filled(context, builder, kind, given, value)
+        for given, value in zip(sig.args, values, strict=True)
+    ]
+
+
+def _arithmetic(symbol, instruction: str) -> None:
+    """Teach numba an operator between vectors and numbers."""
+
+    @infer_global(symbol)
+    class Typing(AbstractTemplate):
+        def generic(self, arguments, _):
+            kinds = [kind for kind in arguments if isinstance(kind, Vector)]
+            if len(arguments) == 2 and kinds and all(isinstance(a, types.Number) or a == kinds[0] for a in arguments):
+                return signature(kinds[0], *arguments)
+
+    def lower(context, builder, sig, values):
+        return getattr(builder, instruction)(*_both(context, builder, sig, values), flags=("contract",))
+
+    for left, right in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(symbol, left, right)(lower)
+
+
+for _symbol, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _arithmetic(_symbol, _instruction)
+
+
+def _address(context, builder, array_type, array, index_type, index) -> ir.Value:
+    """A pointer to an element, for an index that is a number or a pair."""
+    view = context.make_array(array_type)(context, builder, array)
+    indices = cgutils.unpack_tuple(builder, index) if isinstance(index_type, types.BaseTuple) else [index]
+    kinds = list(index_type) if isinstance(index_type, types.BaseTuple) else [index_type]
+    indices = [context.cast(builder, i, kind, types.intp) for i, kind in zip(indices, kinds, strict=True)]
+    offset = ir.Constant(ir.IntType(64), 0)
+    for i, stride in zip(indices, cgutils.unpack_tuple(builder, view.strides), strict=True):
+        offset = builder.add(offset, builder.mul(i, stride))
+    start = builder.bitcast(view.data, ir.IntType(8).as_pointer())
+    return builder.gep(start, [offset])
+
+
+@intrinsic
+def load(typing, array, index):
+    """The vector that starts at array[index]; index a number, or (row, column)."""
+    kind = Vector(array.dtype)
+
+    def generate(context, builder, sig, values):
+        pointer = _address(context, builder, array, values[0], index, values[1])
+        value = builder.load(builder.bitcast(pointer, context.get_value_type(kind).as_pointer()))
+        value.align = array.dtype.bitwidth // 8
+        return value
+
+    return kind(array, index), generate
+
+
+@intrinsic
+def store(typing, array, index, vector):
+    """Write a vector to array[index] and what follows."""
+
+    def generate(context, builder, sig, values):
+        pointer = _address(context, builder, array, values[0], index, values[1])
+        done = builder.store(values[2], builder.bitcast(pointer, values[2].type.as_pointer()))
+        done.align = array.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, index, vector), generate
+
+
+@intrinsic
+def ramp(typing, array, start, step):
+    """start, start + step, start + 2 step, ... in the dtype of an array."""
+    kind = Vector(array.dtype)
+
+    def generate(context, builder, sig, values):
+        begin, by = (_filled(context, builder, kind, sig.args[n], values[n]) for n in (1, 2))
+        return builder.fadd(begin, builder.fmul(by, _constant(context, kind, range(kind.lanes))))
+
+    return kind(array, start, step), generate
+
+
+@intrinsic
+def leading(typing, vector, count):
+    """The first `count` numbers of a vector, zeros behind them."""
+
+    def generate(context, builder, sig, values):
+        count_as_float = builder.sitofp(values[1], context.get_value_type(vector.dtype))
+        count_vector = _filled(context, builder, vector, vector.dtype, count_as_float)
+        inside = builder.fcmp_ordered("<", _constant(context, vector, range(vector.lanes)), count_vector)
+        return builder.select(inside, values[0], _constant(context, vector, [0] * vector.lanes))
+
+    return vector(vector, types.intp), generate
+
+
+@intrinsic
+def maximum(typing, one, other):
+    """The larger of two numbers in every lane; where one is NaN, `one`."""
+
+    def generate(context, builder, sig, values):
+        left, right = _both(context, builder, sig, values)
+        return builder.select(builder.fcmp_ordered("<", left, right), right, left)
+
+    return one(one, other), generate
+
+
+@intrinsic
+def _floor(typing, vector):
+    def generate(context, builder, sig, values):
+        kind = values[0].type
+        name = f"llvm.floor.v{vector.lanes}f{vector.dtype.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
+        return builder.call(function, values)
+
+    return vector(vector), generate
+
+
+@intrinsic
+def _power_of_two(typing, vector):
+    """2^x of whole numbers, by writing them into the exponents."""
+    bits, mantissa = vector.dtype.bitwidth, {32: 23, 64: 52}[vector.dtype.bitwidth]
+
+    def generate(context, builder, sig, values):
+        kind = ir.VectorType(ir.IntType(bits), vector.lanes)
+        bias, shift = (ir.Constant(kind, [n] * vector.lanes) for n in (2 ** (bits - mantissa - 2) - 1, mantissa))
+        exponent = builder.add(builder.fptosi(values[0], kind), bias)
+        return builder.bitcast(builder.shl(exponent, shift), values[0].type)
+
+    return vector(vector), generate
+
+
+@intrinsic
+def shifted(typing, before, now):
+    """A vector one place up: the last number of `before`, then all but the last of `now`."""
+
+    def generate(context, builder, sig, values):
+        places = list(range(now.lanes - 1, 2 * now.lanes - 1))
+        return builder.shuffle_vector(*values, ir.Constant(ir.VectorType(ir.IntType(32), now.lanes), places))
+
+    return now(before, now), generate
+
+
+@intrinsic(prefer_literal=True)
+def _precise(typing, vector):
+    """Whether a vector's numbers are float64: known when compiled, so that a branch on it costs nothing."""
+    double = vector.dtype.bitwidth == 64
+    return types.boolean(vector), lambda context, builder, sig, values: ir.Constant(ir.IntType(1), int(double))
+
+
+@intrinsic
+def total(typing, vector):
+    """The sum of a vector's numbers, by halves."""
+
+    def generate(context, builder, sig, values):
+        value, lanes = values[0], vector.lanes
+        while lanes > 1:
+            lanes //= 2
+            index = lambda numbers: ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(numbers))  # noqa: E731, B023
+            low, high = (builder.shuffle_vector(value, value, index(range(s, s + lanes))) for s in (0, lanes))
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return vector.dtype(vector), generate
+
+
+SERIES = tuple(log(2) ** n / factorial(n) for n in range(14))  # of 2^y; the next term is below half a last digit
+
+
+@njit(**OPTIONS)
+def exp2(x):
+    """2^x of a vector, x at most 127, to the last digit: a whole power of two times the series on [-1/2, 1/2].
+
+    Below the smallest normal number it stays there; NaN stays NaN.
+    """
+    x = maximum(x, -1022.0 if _precise(x) else -126.0)
+    whole = _floor(x + 0.5)
+    y = x - whole
+    if _precise(x):
+        high = y * SERIES[13] + SERIES[12]
+        high = ((high * y + SERIES[11]) * y + SERIES[10]) * y + SERIES[9]
+        high = (high * y + SERIES[8]) * y + SERIES[7]
+    else:
+        high = y * 0.0 + SERIES[7]
+    low = ((high * y + SERIES[6]) * y + SERIES[5]) * y + SERIES[4]
+    low = (((low * y + SERIES[3]) * y + SERIES[2]) * y + SERIES[1]) * y + SERIES[0]
+    return low * _power_of_two(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def _block(typing, a, b, c, i, j, rows, vectors):
+    """c[i : i + rows, j : j + n] += a[i : i + rows] @ b[:, j : j + n], n as many numbers as `vectors` registers hold.
+
+    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants.
+    """
+    kind, rows_of, vectors_of = Vector(a.dtype), range(rows.literal_value), range(vectors.literal_value)
+
+    def generate(context, builder, sig, values):
+        vector, number = context.get_value_type(kind), context.get_value_type(kind.dtype)
+        width = kind.dtype.bitwidth // 8
+        i, j = (context.cast(builder, values[n], sig.args[n], types.intp) for n in (3, 4))
+        word = lambda n: ir.Constant(ir.IntType(64), n)  # noqa: E731
+        views = [context.make_array(sig.args[n])(context, builder, values[n]) for n in range(3)]
+        (a_i, a_k), (b_k, _), (c_i, _) = (cgutils.unpack_tuple(builder, view.strides) for view in views)
+        a_at, b_at, c_at = (builder.bitcast(view.data, ir.IntType(8).as_pointer()) for view in views)
+        depth = cgutils.unpack_tuple(builder, views[0].shape)[1]
+
+        def step(pointer, *parts):
+            for count, stride in parts:
+                pointer = builder.gep(pointer, [builder.mul(count, stride)])
+            return pointer
+
+        def read(pointer, what):
+            value = builder.load(builder.bitcast(pointer, what.as_pointer()))
+            value.align = width
+            return value
+
+        rows_i = [builder.add(i, word(r)) for r in rows_of]
+        along_j = [builder.add(j, word(v * kind.lanes)) for v in vectors_of]
+        block = [[step(c_at, (r, c_i), (v, word(width))) for v in along_j] for r in rows_i]
+        a_rows = [step(a_at, (r, a_i)) for r in rows_i]
+        sums = [[cgutils.alloca_once_value(builder, read(pointer, vector)) for pointer in row] for row in block]
+        with cgutils.for_range(builder, depth) as loop:
+            b_row = [read(step(b_at, (loop.index, b_k), (v, word(width))), vector) for v in along_j]
+            for a_row, row in zip(a_rows, sums, strict=True):
+                one = read(step(a_row, (loop.index, a_k)), number)
+                one = _filled(context, builder, kind, kind.dtype, one)
+                for sum_, column in zip(row, b_row, strict=True):
+                    product = builder.fmul(one, column, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(sum_), product, flags=("contract",)), sum_)
+        for pointers, row in zip(block, sums, strict=True):
+            for pointer, sum_ in zip(pointers, row, strict=True):
+                builder.store(builder.load(sum_), builder.bitcast(pointer, vector.as_pointer())).align = width
+        return context.get_dummy_value()
+
+    return types.void(a, b, c, i, j, rows, vectors), generate
+
+
+# Blocks of rows x registers: the sums, a row of b and a number of a fit into 32 registers (AVX-512) or 16.
+if REGISTER_BYTES == 64:
+    WIDE, WIDE_ROWS, NARROW, NARROW_ROWS = 3, 8, 2, 12
+else:
+    WIDE, WIDE_ROWS, NARROW, NARROW_ROWS = 2, 6, 1, 12
+
+
+@njit(**OPTIONS)
+def multiply_add(a, b, c):
+    """c += a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
+    M, N = c.shape
+    lanes = REGISTER_BYTES // c.itemsize
+    wide = N - N % (WIDE * lanes)
+    narrow = N - (N - wide) % (NARROW * lanes)
+    for j in range(0, wide, WIDE * lanes):
+        whole = M - M % WIDE_ROWS
+        for i in range(0, whole, WIDE_ROWS):
+            _block(a, b, c, i, j, WIDE_ROWS, WIDE)
+        for i in range(whole, M):
+            _block(a, b, c, i, j, 1, WIDE)
+    whole = M - M % NARROW_ROWS
+    for j in range(wide, narrow, NARROW * lanes):
+        for i in range(0, whole, NARROW_ROWS):
+            _block(a, b, c, i, j, NARROW_ROWS, NARROW)
+        for i in range(whole, M):
+            _block(a, b, c, i, j, 1, NARROW)
+    for j in range(narrow, N, lanes):
+        for i in range(0, whole, NARROW_ROWS):
+            _block(a, b, c, i, j, NARROW_ROWS, 1)
+        for i in range(whole, M):
+            _block(a, b, c, i, j, 1, 1)

@@ -1,0 +1,71 @@
+"""What the oracle tells: a mismatch, in the words and letters of the operation."""
+
+from inspect import signature
+from typing import get_args
+
+from dynattn.verify.cases import OPERATIONS, Case
+
+WORDS = {
+    "B": "image",
+    "h": "head",
+    "g": "group",
+    "L": "query",
+    "N": "key",
+    "K": "point",
+    "C": "channel",
+    "d": "channel",
+    "H": "row",
+    "W": "column",
+    "I": "table row",
+    "J": "table column",
+}
+
+
+class Mismatch(AssertionError):
+    """A function that does not do what the operation does.
+
+    case: the call that shows it, as simple as was found; where: "output" or "gradient of NAME"; index: the first number
+    that is wrong; error: by how much; mistakes: names of the catalogued mistakes that give the same answer, usually one
+    or none.
+    """
+
+    def __init__(self, case: Case, where: str, index: tuple[int, ...], error: float, what: str, mistakes: list[str]):
+        self.case, self.where, self.index, self.error, self.mistakes = case, where, index, error, mistakes
+        place = in_words(case, where, index)
+        at = f"at [{', '.join(map(str, index))}]{place and f' ({place})'} " if index else ""
+        known = f"this is what comes out with the mistake: {' or: '.join(mistakes)}"
+        again = f"\n  again: {case.line}" if case.seed is not None else ""
+        super().__init__(
+            f"{case.operation}: the {where} is wrong: {at}{what}\n"
+            f"  {known if mistakes else 'no mistake of the catalogue gives this answer'}\n"
+            f"  in the case of {case}{again}"
+        )
+
+
+def in_words(case: Case, where: str, index: tuple[int, ...]) -> str:
+    """An index as, for example, "image 0, head 1, query 5 (row 1, column 2), channel 0"."""
+    parts = [_part(case, where, letter, i) for letter, i in zip(_letters(case.operation, where), index, strict=False)]
+    return ", ".join(parts)
+
+
+def _letters(operation: str, where: str) -> list[str]:
+    """The letters of a tensor's dimensions, from the operation's signature."""
+    wanted = signature(OPERATIONS[operation][0])
+    name = where.removeprefix("gradient of ")
+    annotation = wanted.return_annotation if where == "output" else wanted.parameters[name].annotation
+    shapes = (getattr(choice, "dim_str", None) for choice in (annotation, *get_args(annotation)))
+    return next((shape.split() for shape in shapes if shape), [])
+
+
+def _part(case: Case, where: str, letter: str, i: int) -> str:
+    """One number of an index in words."""
+    if letter == "2":
+        return f"its {('row', 'column')[i]}"
+    word = WORDS.get(letter, letter)
+    if letter == "N" and "points" in case.arguments:  # the keys of these operations are what was read at the points
+        word = "point"
+    if letter == "L" and "query_shape" in case.arguments:
+        row, column = divmod(i, case.arguments["query_shape"][1])
+        word = "token" if where in ("gradient of k", "gradient of v") else word
+        return f"{word} {i} (row {row}, column {column})"
+    return f"{word} {i}"
