@@ -392,9 +392,9 @@ say(f"Points of `dat_mini` that lie on the object (of the grid that they start f
 #
 # ## The lens
 #
-# The same three, live. In JupyterLab, Notebook, VS Code or Colab, click a pixel or take the arrow keys, choose layers
-# and heads, fade from attention to rollout. Without a kernel you see its picture. `lens.save("lens.html")` writes a
-# page that answers clicks with no kernel and no network.
+# The same three, live: click a pixel or take the arrow keys, choose layers and heads, fade from attention to rollout.
+# Without a kernel you see its picture. `lens.save("lens.html")` writes a page that answers clicks with no kernel and no
+# network.
 
 # %%
 record = traces["dat_mini"][SCENE][shown["dat_mini"]]
@@ -463,8 +463,8 @@ say("\n".join(rows))
 # ## How it is kept true
 #
 # The loops are the specification: one number at a time, with the letters of the equations. Everything faster is
-# compared with them on random cases, outputs and every gradient, in double precision: PyTorch, the kernels in Numba for
-# CPUs, and those in Triton where there is a CUDA device.
+# compared with them on random cases, outputs and every gradient, in double precision: PyTorch and the Numba kernels
+# here, the Triton kernels in the tests.
 
 # %%
 say(f"```python\n{inspect.getsource(dynattn.core.sample_points_loops)}```")

@@ -5,7 +5,7 @@
 # is it, each claim asserted where it is made, and a ledger of the places where text and published code part.
 #
 # Contents: why · preliminaries · sampling · reference points and offsets · deformable attention · offset groups · cost
-# · the models · the ledger · trained · Deformable-DETR's attention · exercises.
+# · kernels · the models · the ledger · trained · the lens · Deformable-DETR's attention · exercises · solutions.
 #
 # Every number in the text is computed by the cell above it.
 
@@ -14,9 +14,13 @@ import inspect
 import io
 import json
 import math
+import subprocess
+import sys
+import tempfile
 import zlib
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -31,15 +35,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynattn
-from dynattn import core, cost, official, ops, verify, weights
+from dynattn import bench, core, cost, official, ops, verify, weights
 from dynattn.data import Shapes
 from dynattn.figures import dat as paper_figures
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_points, propagate
 from dynattn.figures.subjects import sample_picture, test_picture
+from dynattn.kernels import deformable as kernel
+from dynattn.kernels import deformable_numba as on_cpu
 from dynattn.mechanisms import deformable, deformable_detr, window
 from dynattn.models.layers import Block
 from dynattn.verify.mistakes import MISTAKES
+from dynattn.widgets import Lens
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 torch.manual_seed(0)
@@ -72,12 +79,15 @@ def show(figure: Figure) -> None:
     display(Image(picture.getvalue()))
 
 
-def agree(operation, arguments: dict, **options) -> None:
-    """Loops against torch in float64, output and every gradient: asserted, then by how much they differ."""
-    loops, fast = (verify.answer(partial(operation, impl=impl), arguments, options) for impl in ("loops", "torch"))
-    apart = {name: float((fast[name] - want).abs().max() / want.abs().max()) for name, want in loops.items()}
-    assert max(apart.values()) < 1e-10
-    table(("loops against torch", "largest relative difference"), [(name, f"{a:.1e}") for name, a in apart.items()])
+def agree(operation, arguments: dict, forms=("torch",), judge="loops", **options) -> None:
+    """Forms against the loops in float64, output and every gradient: asserted, then by how much they differ."""
+    found = {form: verify.answer(partial(operation, impl=form), arguments, options) for form in (judge, *forms)}
+    rows = []
+    for name, want in found[judge].items():
+        apart = [float((found[form][name] - want).abs().max() / want.abs().max()) for form in forms]
+        assert max(apart) < 1e-10
+        rows.append((name, *(f"{a:.1e}" for a in apart)))
+    table((f"largest relative difference from {judge}", *forms), rows)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -555,6 +565,324 @@ plt.show()
 # quadratic in the number of tokens, which the published models can afford because they use it only on the two smallest
 # maps. For detection at high resolution $r$ must grow with the map.
 #
+# ## Kernels
+#
+# DAT-10 counts products. It does not count $\phi(\hat{B}; R)$ of DAT-9, one bilinear read for every head, query and
+# point. The torch form makes this bias first, whole, and then adds it:
+
+# %%
+HEADS, SIDE, POINTS, BATCH = 3, 28, 196, 2
+
+
+def milliseconds(calls: dict, rounds: int = 9) -> dict[str, np.ndarray]:
+    """Of each call and round. They take turns, so that whatever else the machine does slows down all of them."""
+    took = {name: [] for name in calls}
+    for call in calls.values():
+        call()  # the first time allocates, or compiles
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            took[name].append(1e3 * (perf_counter() - start))
+    return {name: np.array(times) for name, times in took.items()}
+
+
+q, k, v, points, entries = bench.deformable_inputs(POINTS, SIDE, BATCH, HEADS)
+read_bias = partial(deformable.relative_bias, points, entries, (SIDE, SIDE), "centre")
+bias = read_bias()
+took = milliseconds(
+    {
+        "the bias": read_bias,
+        "all the rest of DAT-9": partial(core.dense_attention_torch, q, k, v, bias, q.shape[-1] ** -0.5),
+    }
+)
+assert bias.shape == (BATCH, HEADS, SIDE * SIDE, POINTS)
+megabytes = bias.numel() * bias.element_size() / 2**20
+table(
+    ("the torch form", "ms, fastest of nine", "slowest"),
+    [(name, f"{times.min():.1f}", f"{times.max():.1f}") for name, times in took.items()],
+)
+say(
+    f"{SIDE} × {SIDE} queries, {POINTS} points, {HEADS} heads, {BATCH} images, one thread of the machine that ran this "
+    f"notebook. The bias takes {megabytes:.1f} MB; queries, keys and values together take "
+    f"{sum(x.numel() * x.element_size() for x in (q, k, v)) / 2**20:.1f} MB."
+)
+
+# %% [markdown]
+# The kernels read the bias where it is added and never keep it: `kernels/deformable_numba.py` for the CPU,
+# `kernels/deformable_triton.py` for a GPU. To the outside they are forms of the same operation, with the same judge:
+
+# %%
+agree(
+    ops.deformable_attention,
+    {
+        "q": normal(2, 4, 6, 3),
+        "k": normal(2, 4, 5, 3),
+        "v": normal(2, 4, 5, 3),
+        "points": torch.rand(2, 2, 5, 2, dtype=torch.float64) * 2.4 - 1.2,
+        "table": normal(4, 3, 5),
+        "query_shape": (2, 3),
+    },
+    forms=("torch", "numba"),
+)
+verify.check("deformable_attention", partial(ops.deformable_attention, impl="numba"), cases=6)
+
+# %% [markdown]
+# The loops are too slow for a size at which a kernel has more than one tile and block to go through. There the torch
+# form, which they have proved, stands in for them:
+
+# %%
+named = zip(("q", "k", "v", "points", "table"), bench.deformable_inputs(POINTS, SIDE, 1, HEADS), strict=True)
+large = {name: tensor.double() for name, tensor in named}
+agree(ops.deformable_attention, large | {"query_shape": (SIDE, SIDE)}, forms=("numba",), judge="torch")
+assert SIDE**2 > on_cpu.QUERIES and POINTS > on_cpu.KEYS
+
+# %% [markdown]
+# The same is asked of the Triton kernel in `tests/test_kernels.py`: on a GPU where there is one, else in Triton's
+# interpreter, which is too slow for a notebook.
+#
+# ### What the kernel reads
+#
+# Queries stand on a regular grid. So for one key, wherever it was moved to, the places at which a row of queries reads
+# the table are regular too: neighbours read neighbours. The kernel cuts the row into runs, in each of which the next
+# query reads the next column, and then needs no gather: a register full of queries is two loads from one row of the
+# table and two from the next.
+
+# %%
+source(on_cpu.read_bias.py_func)
+
+# %% [markdown]
+# Here is what that touches, in a trained layer, for an image twice as large as it was trained on. The runs are the
+# kernel's own; reading with them gives the bias of the torch form, which is asserted for all queries and keys.
+
+# %%
+(record, *_) = dynattn.trace(dat, test_picture(22, (256, 256)).x).of_kind("deformable")
+tables = dict(dat.named_modules())[record.name].table_for(record.query_shape, torch.float32).detach()
+head = int(tables.flatten(1).std(dim=1).argmax())  # the head whose table says most
+entries, size, side, N = tables[head].numpy(), tables.shape[1], record.query_shape[1], record.points.shape[1]
+assert record.query_shape == (side, side) and entries.shape == (size, size)
+
+places, steps, _ = kernel.table_places(record.points[None], tables, (side, side), True)
+places, step = places[0, record.group(head)].numpy(), float(steps[0])  # of query (0, 0), by key; and to the next query
+runs = on_cpu.room_for_runs(N, side)
+on_cpu.find_runs(places, step, side, size, *runs)
+
+
+def runs_of(n: int):
+    """The runs of key n: queries by column, the left one of the two table columns each reads, the right one's share."""
+    first, cell, part = (array[n] for array in runs)
+    r = 0
+    while first[r] < side:
+        ahead = np.arange(first[r + 1] - first[r])
+        yield first[r] + ahead, cell[r] + ahead, part[r] + (step - 1) * ahead
+        r += 1
+
+
+def bias_by_runs(n: int, i: int) -> np.ndarray:
+    """The bias of the queries in row i for key n."""
+    above, low = on_cpu.row_place(places[n, 0], step, i, size)
+    line = entries[above] + (entries[above + 1] - entries[above]) * low
+    return np.concatenate([line[left] + (line[left + 1] - line[left]) * share for _, left, share in runs_of(n)])
+
+
+def touched(n: int, rows) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the table that rows of queries read for key n."""
+    above = [on_cpu.row_place(places[n, 0], step, i, size)[0] for i in rows]
+    left = [column for _, columns, _ in runs_of(n) for column in columns]
+    return tuple(np.unique([first, np.add(first, 1)]) for first in (above, left))
+
+
+bias = deformable.relative_bias(record.points[None], tables, record.query_shape, "centre")[0, head]
+by_runs = np.stack([[bias_by_runs(n, i) for n in range(N)] for i in range(side)])
+apart = float(np.abs(rearrange(by_runs, "i n j -> (i j) n") - bias.numpy()).max() / bias.abs().max())
+counts = [len(list(runs_of(n))) for n in range(N)]
+assert apart < 1e-5 and max(counts) == 2
+
+# %%
+number = side * side // on_cpu.QUERIES // 2  # of a tile in the middle of the map
+tile = range(number * on_cpu.QUERIES, (number + 1) * on_cpu.QUERIES)
+rows = range(tile.start // side, tile.stop // side)
+assert len(rows) * side == len(tile)
+keys = [int(np.abs(places - place).sum(axis=1).argmin()) for place in ([3, 25], [15, 3], [27, 28])]
+
+figure = plt.figure(figsize=(15, 6.8), layout="constrained")
+panels = figure.subplot_mosaic([["table", "places"], ["table", "shares"]], width_ratios=[6.2, 8.2])
+grey = dict(cmap="Greys", vmin=entries.min(), vmax=entries.max() + np.ptp(entries), interpolation="nearest")
+ax = panels["table"]
+ax.imshow(entries, **grey)
+for n, colour in zip(keys, (INKS[0], *INKS[2:]), strict=False):
+    for some, face, dashes in ((range(side), "none", (0, (4, 3))), (rows, (colour, 0.7), "solid")):
+        i, j = touched(n, some)
+        assert len(i) == np.ptp(i) + 1 and len(j) == np.ptp(j) + 1  # no holes
+        box = (j[0] - 0.5, i[0] - 0.5), len(j), len(i)
+        ax.add_patch(plt.Rectangle(*box, facecolor=face, edgecolor=colour, linewidth=2, linestyle=dashes))
+    ax.text(j[0] + 0.3, i[0] - 1.1, f"key {n}", color=colour, weight="bold", fontsize=14)
+ax.set(title=f"the table of head {head}, {size} × {size}", xlabel="column of the table", ylabel="row of the table")
+
+n = keys[0]
+i, j = touched(n, rows)
+extent = j[0] - 0.5, j[-1] + 0.5, i[-1] + 0.5, i[0] - 0.5
+level, mark = i[0] - 4, dict(edgecolors=style.INK, linewidths=0.7, zorder=4)
+ax = panels["places"]
+ax.imshow(entries[np.ix_(i, j)], extent=extent, **grey)
+ax.hlines(i - 0.5, *extent[:2], color="white", linewidth=1.5)
+ax.vlines(j - 0.5, *extent[2:], color="white", linewidth=1.5)
+for (queries, left, share), colour in zip(runs_of(n), INKS, strict=False):
+    for row in rows:
+        ax.scatter(left + share, 0 * left + places[n, 0] + step * row, s=40, color=colour, **mark)
+    ax.plot([j[0] + queries, left], [level, i[0] - 0.5], color=colour, linewidth=1.6)
+    ax.scatter(j[0] + queries, 0 * queries + level, marker="s", s=90, color=colour, **mark)
+    panels["shares"].plot(queries, share, "o-", color=colour, markeredgecolor=style.INK, markeredgewidth=0.7)
+ax.text(extent[0], level - 1.1, f"a row of {side} queries; a line leads to the left of the two columns that each reads")
+ax.set(xlim=extent[:2], ylim=(extent[2] + 0.3, level - 1), yticks=i)
+ax.set_title(f"key {n}: the places that the {len(tile)} queries of the tile read", pad=30)
+ax.spines[:].set_visible(False)
+panels["shares"].set(ylim=(0, 1.05), yticks=[0, 0.5, 1], xlabel="column of the query")
+panels["shares"].set_title("the share of the right one of the two columns")
+plt.show()
+
+block = range(0, on_cpu.KEYS)
+union = {(row, column) for key in block for row in touched(key, rows)[0] for column in touched(key, rows)[1]}
+say(
+    f"Left: dashed, what all {side * side} queries read for a key: a window of the table, moved by where the key is. "
+    f"Filled, the part of it that one tile of {len(tile)} queries reads, {len(rows)} rows of the map. Right, for one "
+    f"key: queries lie {side - 1}/{side} of a column apart, so the share of the right column sinks by 1/{side} from "
+    f"query to query. Where it would sink below zero, two queries have the same left column, and a new run begins (the "
+    f"change of colour). A row of queries has {min(counts)} or {max(counts)} runs, for all {N} keys. The tile and the "
+    f"first {len(block)} keys make {len(tile) * len(block):,} numbers of the bias out of {len(union):,} of the table's "
+    f"{entries.size:,} entries."
+)
+
+# %% [markdown]
+# That block of logits, bias included, is all that exists at a time. The softmax has to be taken piece by piece: for
+# each query the kernel keeps the largest logit so far, the sum of the exponentials beneath it, and the output so far;
+# when a block brings a larger one, sum and output shrink accordingly. Maximum and sum are kept for the backward, which
+# makes the weights again from them, a block at a time.
+
+# %%
+tiles, blocks = (range(0, total, part) for total, part in ((side * side, on_cpu.QUERIES), (N, on_cpu.KEYS)))
+logits = record.q[head] @ record.k[head].T * record.q.shape[-1] ** -0.5 + bias
+
+
+def walk(logits: torch.Tensor) -> list[tuple[float, float]]:
+    """Maximum and sum of one query's softmax, after each block of keys."""
+    top, bottom, states = -math.inf, 0.0, []
+    for start in blocks:
+        piece = logits[start : start + blocks.step]
+        old, top = top, max(top, float(piece.max()))
+        bottom = bottom * math.exp(old - top) + float((piece - top).exp().sum())
+        states.append((top, bottom))
+    return states
+
+
+query = max(tile, key=lambda query: len(set(walk(logits[query]))))
+states = walk(logits[query])
+top, bottom = states[-1]
+assert math.isclose(top + math.log(bottom), float(logits[query].logsumexp(dim=0)), abs_tol=1e-5)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.4), width_ratios=[1, 1.7], layout="constrained")
+LATER, DONE, edge = "white", "#DDDDDD", dict(edgecolor="#777777", linewidth=1, clip_on=False)
+there = blocks[1]
+for start in tiles:
+    height = min(tiles.step, side * side - start)
+    here = start == tile.start
+    for n in blocks:
+        colour = (style.ORANGE if n == there else "#FFDCA8" if n < there else LATER) if here else None
+        colour = colour or (DONE if start < tile.start else LATER)
+        left.add_patch(plt.Rectangle((n, start), min(blocks.step, N - n), height, facecolor=colour, **edge))
+    for x, width in ((N + 14, 16), (N + 36, 16), (N + 58, 44)):
+        colour = style.BLUE if here else DONE if start < tile.start else LATER
+        left.add_patch(plt.Rectangle((x, start), width, height, facecolor=colour, **edge))
+for x, name in ((N + 22, "max"), (N + 44, "sum"), (N + 80, "output")):
+    left.text(x, -14, name, rotation=90, ha="center", va="bottom")
+arrow = dict(arrowstyle="-|>", color=style.INK, linewidth=2, shrinkA=0, shrinkB=0)
+middle = (tile.start + tile.stop) / 2
+left.annotate("", (N + 8, middle), (there + blocks.step / 2, middle), arrowprops=arrow)
+left.annotate("", (blocks.step / 2, middle + 1.5 * tiles.step), (blocks.step / 2, middle), arrowprops=arrow)
+left.set(xlim=(0, N + 103), ylim=(side * side, 0), xlabel="keys", ylabel="queries", xticks=[*blocks, N])
+left.set_yticks([0, tile.start, tile.stop, side * side])
+left.spines[:].set_visible(False)
+left.set_title(f"tiles of {tiles.step} queries, blocks of {blocks.step} keys", loc="left", pad=12)
+
+right.plot(range(N), logits[query], "o", color="#999999", markersize=5)
+for start, (top, bottom) in zip(blocks, states, strict=True):
+    end = min(start + blocks.step, N)
+    right.hlines(top, start - 0.5, end - 0.5, color=style.BLUE, linewidth=3)
+    right.axvline(end - 0.5, color="#BBBBBB", linewidth=1)
+    words, place = f"max {top:.2f}\nsum {bottom:.1f}".replace("-", "−"), dict(xycoords=("data", "axes fraction"))
+    right.annotate(words, ((start + end) / 2, 1.015), ha="center", va="bottom", **place)
+right.set(xlim=(-0.5, N - 0.5), xticks=[*blocks, N], xlabel="keys", ylabel="logit")
+right.set_title("one query: its logits, and after each block the maximum so far, in blue", pad=46)
+plt.show()
+
+buffer = on_cpu.KEYS * (on_cpu.QUERIES + on_cpu.LANES) * 4
+say(
+    f"Left: {len(tiles)} tiles meet {len(blocks)} blocks each. Grey: done and forgotten but for three things (right of "
+    f"the matrix). Orange: the block that exists now, in a buffer of {buffer / 2**10:.1f} kB in float32; the whole "
+    f"matrix of one head has {4 * side * side * N / 2**10:,.0f} kB. Right: the query {query - tile.start} of the tile. "
+    f"After the last block max + log(sum) is the logarithm of the softmax's denominator, asserted above."
+)
+
+# %% [markdown]
+# ### What it costs, against the number of points
+
+# %%
+NAMES = {"torch": ("torch form", style.ORANGE), "numba": ("kernel", style.BLUE)}
+numbers, took = (16, 49, 196, 400), {}
+for points in numbers:
+    inputs = bench.deformable_inputs(points, SIDE, BATCH, HEADS)
+    for backward in (False, True):
+        calls = {form: partial(bench.deformable, form, inputs, backward) for form in NAMES}
+        took[points, backward] = milliseconds(calls)
+        for out, other in zip(*(call() for call in calls.values()), strict=True):
+            assert float((out - other).abs().max() / out.abs().max()) < 1e-4  # float32: the same output and gradients
+
+pairs = BATCH * HEADS * SIDE**2  # of queries and keys, for each point
+pays_from = next(points for points in range(1, max(numbers)) if kernel.pays("numba", pairs * points))
+figure, (forward, both, memory) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+for ax, backward, title in ((forward, False, "forward, ms"), (both, True, "forward and backward, ms")):
+    for form, (name, colour) in NAMES.items():
+        times = [took[points, backward][form] for points in numbers]
+        for points, each in zip(numbers, times, strict=True):
+            ax.plot([points] * len(each), each, "o", color=colour, alpha=0.35, markersize=5, markeredgewidth=0)
+        fastest = [each.min() for each in times]
+        ax.plot(numbers, fastest, color=colour, linewidth=2)
+        ax.annotate(name, (numbers[-1], fastest[-1]), (8, -4), textcoords="offset points", color=colour)
+    ax.axvline(pays_from, color=style.INK, linestyle="--", linewidth=1)
+    ax.set(title=title)
+kept = {"torch": [4 * pairs * points for points in numbers], "numba": [buffer] * len(numbers)}
+for form, (name, colour) in NAMES.items():
+    memory.plot(numbers, np.array(kept[form]) / 2**20, "o-", color=colour, linewidth=2)
+    end = numbers[-1], kept[form][-1] / 2**20
+    memory.annotate(name, end, (8, -4), textcoords="offset points", color=colour)
+memory.set(title="the bias, or the block in its place, MB")
+for ax in (forward, both, memory):
+    ax.set(xscale="log", yscale="log", xlabel="points; dashed: from here on “auto” takes the kernel", xlim=(13, 1000))
+    ax.minorticks_off()
+    ax.set_xticks(numbers, numbers)
+memory.set_xlabel("points")
+plt.show()
+
+rows = []
+for points in numbers:
+    ratios = [took[points, backward]["torch"] / took[points, backward]["numba"] for backward in (False, True)]
+    rows.append((points, *(f"{np.median(ratio):.1f} ({ratio.min():.1f} to {ratio.max():.1f})" for ratio in ratios)))
+table(("points", "time of the torch form over the kernel's, forward: median (all rounds)", "with the backward"), rows)
+say(
+    f"{SIDE} × {SIDE} queries, {HEADS} heads, {BATCH} images, float32, one thread of the machine that ran this "
+    f"notebook. Both forms take turns; each dot is a round, lines go through the fastest. Times depend on the machine "
+    f"and on what else it does: nothing is asserted about them here. Outputs and gradients are asserted to agree. "
+    f"Memory is computed."
+)
+
+# %% [markdown]
+# A small call is over before a kernel has gained anything. `impl="auto"`, which the models use, therefore takes a
+# kernel only from so many pairs of query and key on:
+
+# %%
+source(kernel.pays)
+
+# %% [markdown]
 # ## The models
 #
 # Table 1, read off the models themselves. In stages 3 and 4 a block pair is (window, deformable); in stages 1 and 2
@@ -696,7 +1024,7 @@ for name in ("align_corners=False", "border padding instead of zeros", "rows and
     with mock.patch.object(core, "sample_points", sampling[name]):
         wrong_ones[f"sampling: {name}"] = logits_of()
 for name in ("displacement not halved", "bias missing"):
-    with mock.patch.dict(deformable.FORMS, torch=biasing[name]):
+    with mock.patch.dict(deformable.FORMS, torch=biasing[name], numba=biasing[name]):
         wrong_ones[f"position bias: {name}"] = logits_of()
 change_of = {name: float((wrong - right_one).norm() / right_one.norm()) for name, wrong in wrong_ones.items()}
 assert min(change_of.values()) > 1e-4
@@ -921,6 +1249,48 @@ show(figure)
 # - The pictures are of one seed, and figure 4 has one network for each range: what another seed would change is not in
 #   its bars. The photographs of a cat and a flower are there to look at; nothing is measured on them.
 #
+# ## The lens
+#
+# All that was drawn above for chosen queries, for any query: click the picture. Layer and head can be chosen for each
+# model; the slider fades from attention to rollout, arrow keys move the query. A lens takes models, or traces as here.
+# (Where no kernel runs, you see the still picture that it leaves behind.)
+
+# %%
+lens = Lens({"dat_mini": traces[dat], "swin_mini": traces[swin]}, picture.shown)
+display(lens)
+
+# %% [markdown]
+# What a click does, a line of Python does. First the query goes on the object, then off it:
+
+# %%
+seen = []
+for query in (on, off):
+    lens.row, lens.col = query
+    seen.append([np.frombuffer(shown["keys"], "<f4").reshape(-1, 3) for shown in lens.shown])  # x, y, weight
+    still = io.BytesIO()
+    lens.picture(dpi=78).save(still, format="jpeg", quality=85)
+    display(Image(still.getvalue()))
+
+(dat_on, swin_on), (dat_off, swin_off) = seen
+assert np.array_equal(dat_on[:, :2], dat_off[:, :2]) and not np.array_equal(dat_on[:, 2], dat_off[:, 2])
+assert not np.array_equal(swin_on[:, :2], swin_off[:, :2])
+overlap = np.minimum(dat_on[:, 2], dat_off[:, 2]).sum()
+common = len(set(map(tuple, swin_on[:, :2])) & set(map(tuple, swin_off[:, :2])))
+say(
+    f"DAT: the same {len(dat_on)} points (of both groups) for both queries, with other weights; {overlap:.0%} of the "
+    f"attention is common to both. Swin: {len(swin_on)} keys each, {common} of them in common."
+)
+
+# %% [markdown]
+# `lens.save("lens.html")` writes a page that answers clicks by itself, with no kernel and no network: for a course's
+# web site, or a mail.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    page = lens.save(Path(folder) / "lens.html")
+    say(f"One file of {page.stat().st_size / 1e6:.1f} MB, with every query of all {sum(map(len, lens.traces))} layers.")
+
+# %% [markdown]
 # ## Deformable-DETR's attention
 #
 # The comparison of Appendix A. There every query has points of its own, in every head, and their weights are not a
@@ -986,8 +1356,9 @@ table(("stage 3", "sampled features of one layer, float32", "multiply-adds, pape
 # %% [markdown]
 # ## Exercises
 #
-# `verify.check` is the judge: it compares your function with the loops, outputs and gradients, on random cases. When it
-# recognises a mistake, it says which.
+# `verify.check` is the judge: it compares your function with the loops, outputs and gradients, on random cases. Where
+# they part it looks for the simplest case in which they do, and when it recognises the mistake, it says which. For
+# example:
 
 
 # %%
@@ -1002,44 +1373,49 @@ except verify.Mismatch as mismatch:
     print(mismatch)
 
 # %% [markdown]
+# That is: the first number that is off, and where; the mistake, if it is a known one; the case, small enough to be
+# worked out by hand; and a line that makes this case again.
+#
 # **First.** Write `sample_points(x, points)` without `grid_sample`: with the matrix of hats. Have it checked.
 #
-# <details><summary>A solution</summary>
+# **Second.** Write deformable attention from DAT-9, as a function `(q, k, v, points, table, query_shape)`. Take
+# `core.sample_points` to read the table, and torch for the rest; `core.grid_points` has the queries' positions. Begin
+# with one group of points and without a table; then add $\phi(\hat{B}; R)$, then groups. The judge tells you how far
+# you are. Suppose that somebody starts from the library's own bias, and takes points for (x, y):
+
+
+# %%
+def deformable_attention(q, k, v, points, table, query_shape):
+    """Somebody's attempt."""
+    logits = torch.einsum("bhld,bhnd->bhln", q, k) * q.shape[-1] ** -0.5
+    if table is not None:
+        logits = logits + deformable.relative_bias(points.flip(-1), table, query_shape, "centre")
+    return logits.softmax(dim=-1) @ v
+
+
+try:
+    verify.check("deformable_attention", deformable_attention)
+except verify.Mismatch as mismatch:
+    print(mismatch)
+    assert mismatch.mistakes == ["points: rows and columns swapped"] and mismatch.case.arguments["table"] is not None
+
+# %% [markdown]
+# Without a table this attempt is right. So the case that is left when everything has been made simpler has one, and
+# little else.
 #
-# ```python
-# def sample_points(x, points):
-#     weights = core.bilinear_weights(points, x.shape[2:])  # (B, N, S)
-#     return torch.einsum("bns,bcs->bcn", weights, x.flatten(2))
-#
-# verify.check("sample_points", sample_points)
-# ```
-#
-# </details>
-#
-# **Second.** Write deformable attention for one group of points and no bias from `core.sample_points` and
-# `dense_attention` alone; then add the bias. `verify.check("deformable_attention", yours)` gives your function `(q, k,
-# v, points, table, query_shape)`.
-#
-# <details><summary>A solution</summary>
-#
-# ```python
-# def deformable_attention(q, k, v, points, table, query_shape, *, query_grid="centre", scale=None):
-#     scale = q.shape[-1] ** -0.5 if scale is None else scale
-#     logits = torch.einsum("bhld,bhnd->bhln", q, k) * scale
-#     if table is not None:
-#         queries = core.grid_points(query_shape, query_grid, points)
-#         R = (queries[:, None] - points[:, :, None]) / 2
-#         heads = q.shape[1] // points.shape[1]
-#         own = R.flatten(2, 3).repeat_interleave(heads, dim=1).flatten(0, 1)  # (B h, L N, 2)
-#         tables = table[None, :, None].expand(len(q), -1, -1, -1, -1).flatten(0, 1)
-#         logits = logits + core.sample_points(tables, own).reshape(logits.shape)
-#     return logits.softmax(-1) @ v
-#
-# verify.check("deformable_attention", deformable_attention)
-# ```
-#
-# </details>
-#
+# What is handed in is a file. `dynattn check` finds the functions in it by their names and runs them in a process of
+# their own, with a limit on time and memory; the verdict is the same:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "answers.py"
+    imports = "import torch\n\nfrom dynattn.mechanisms import deformable\n\n\n"
+    file.write_text(imports + inspect.getsource(deformable_attention))
+    run = subprocess.run([sys.executable, "-m", "dynattn", "check", file], capture_output=True, text=True)
+print(f"$ dynattn check {file.name}\n{run.stdout}exit code {run.returncode}")
+assert run.returncode == 1 and "rows and columns swapped" in run.stdout
+
+# %% [markdown]
 # **Third.** The offset network shares its weights between groups. Yet the groups' points differ. Why? And what would
 # you have to set in `dat_mini` to make them equal on every image?
 #
@@ -1051,3 +1427,31 @@ except verify.Mismatch as mismatch:
 # does.
 #
 # </details>
+#
+# ## Solutions
+#
+# To the first and the second exercise. Try yourself before you read on.
+
+
+# %%
+def sample_points(x, points):
+    weights = core.bilinear_weights(points, x.shape[2:])  # the products of two hats (B, N, S)
+    return torch.einsum("bns,bcs->bcn", weights, x.flatten(2))
+
+
+def deformable_attention(q, k, v, points, table, query_shape, *, query_grid="centre", scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bhld,bhnd->bhln", q, k) * scale
+    if table is not None:
+        queries = core.grid_points(query_shape, query_grid, points)
+        R = (queries[:, None] - points[:, :, None]) / 2  # (B, g, L, N, 2)
+        heads = q.shape[1] // points.shape[1]
+        own = R.flatten(2, 3).repeat_interleave(heads, dim=1).flatten(0, 1)  # of each image and head: (B h, L N, 2)
+        tables = table[None, :, None].expand(len(q), -1, -1, -1, -1).flatten(0, 1)
+        logits = logits + core.sample_points(tables, own).reshape(logits.shape)
+    return logits.softmax(dim=-1) @ v
+
+
+for function in (sample_points, deformable_attention):
+    verify.check(function.__name__, function)
+    say(f"`{function.__name__}` passes: outputs and gradients.")

@@ -1,7 +1,8 @@
 """Make the notebooks from their sources: `python notebooks/build.py [NAME ...]`.
 
 The percent script is what one reads and edits; the notebook beside it is the same with what its cells put out. Two
-runs give the same file: no times are recorded, cells are numbered.
+runs give the same file, but for what a cell measures by the clock: cells are numbered, and neither the times they ran
+at nor the names of widgets in a kernel that is gone are recorded.
 """
 
 import sys
@@ -15,6 +16,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 TIMEOUT = 120  # seconds for a cell
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def read(source: Path) -> NotebookNode:
@@ -36,6 +38,9 @@ def execute(source: Path) -> NotebookNode:
         resources={"metadata": {"path": str(source.parent)}},
     )
     client.execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

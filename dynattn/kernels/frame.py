@@ -4,7 +4,7 @@ An operation with kernels has a file that says how its operator looks (`deformab
 and a file for each backend (`deformable_numba.py`, `deformable_triton.py`) with
 
     forward(*inputs) -> (out, *kept)                      kept: what the backward needs besides the inputs
-    backward(grad_out, out, *kept, *inputs) -> one gradient for each input that is a tensor, in order
+    backward(grad_out, out, *kept, *inputs) -> one gradient for each input that is a floating tensor, in order
 
 `operators` makes of them `torch.ops.dynattn.NAME_numba` and `NAME_triton`, which autograd, torch.compile, the FLOP
 counter and opcheck know. A backend is imported at its first call. Gradients of gradients do not exist: `impl="torch"`
@@ -82,7 +82,8 @@ def _operator(name: str, forward: Callable, backward: Callable, flops: Callable,
         tensors = iter(ctx.saved_tensors)
         saved = [next(tensors) if other is None else other[0] for other in ctx.others]
         found = iter(back(grads[0], *saved))
-        return tuple(next(found) if isinstance(x, Tensor) else None for x in saved[-arity:])
+        learns = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
+        return tuple(next(found) if learns(x) else None for x in saved[-arity:])
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{name}: a kernel has first derivatives only; impl='torch' has all")

@@ -1,0 +1,42 @@
+"""How the operator of grouped attention looks, whatever the backend (DGT-2): also that of routed attention."""
+
+import torch
+from torch import Tensor
+
+from dynattn.kernels import frame
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor, lengths: Tensor, scale: float
+) -> list[Tensor]:
+    """out (B, h, L, d), and for the backward (B, h, L, 2): the largest logit of each softmax, and its sum.
+
+    groups (B, h, L); selected (B, h, G, n), of which a group reads the first `lengths` (B, h, G).
+    """
+    kept = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return [q.new_empty(q.shape), q.new_empty(*q.shape[:-1], 2, dtype=kept)]
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Tensor,
+    selected: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def flops(q: tuple, k: tuple, v: tuple, groups: tuple, selected: tuple, *_, **__) -> int:
+    """Two products of every query with the keys of its group."""
+    (B, h, L, d), n = q, selected[3]
+    return 4 * B * h * L * n * d
+
+
+OPERATORS = frame.operators("grouped_attention", forward, backward, flops, file="grouped")

@@ -1,0 +1,67 @@
+"""Attention of a tile of queries to a block of keys on the CPU: what the kernels of all mechanisms do in the same way.
+
+Logits stand as (keys, queries) in units of log2, a query in each lane, so that the softmax runs over whole vectors.
+Of a softmax so far are known its largest logit (`top`) and its sum (`bottom`), as in flash attention.
+"""
+
+import math
+
+from numba import njit
+
+from dynattn.kernels.simd import LANES, OPTIONS, REGISTER_BYTES, exp2, load, maximum, multiply_add, ramp, store
+
+QUERIES, KEYS = 96, 72  # of a tile and of a block: whole register blocks of the matrix product; logits of 32 KiB
+ROOM = QUERIES + LANES  # numbers in a row of logits: vectors may write over the end
+LOG2E = math.log2(math.e)
+LOWEST = -3e38  # below every logit
+
+
+@njit(**OPTIONS)
+def copy(source, factor, target):
+    """A matrix into a part of another, multiplied."""
+    for i in range(source.shape[0]):
+        for c in range(source.shape[1]):
+            target[i, c] = source[i, c] * factor
+
+
+@njit(**OPTIONS)
+def start_tile(top, bottom, summed):
+    """Nothing has been read yet."""
+    top[:], bottom[:], summed[:] = LOWEST, 0, 0
+
+
+@njit(**OPTIONS)
+def add_block(scores, block, count, values, top, bottom, decay, summed):
+    """Let `count` queries read a block of keys: scores (keys, queries) become weights, summed (queries, D) grows."""
+    lanes = REGISTER_BYTES // scores.itemsize
+    for t in range(0, count, lanes):
+        old = load(top, t)
+        new = old
+        for a in range(block):
+            new = maximum(new, load(scores, (a, t)))
+        sum_ = ramp(top, 0, 0)
+        for a in range(block):
+            weight = exp2(load(scores, (a, t)) - new)
+            store(scores, (a, t), weight)
+            sum_ = sum_ + weight
+        shrink = exp2(old - new)
+        store(top, t, new)
+        store(decay, t, shrink)
+        store(bottom, t, load(bottom, t) * shrink + sum_)
+    for t in range(count):
+        if decay[t] != 1:
+            for c in range(0, summed.shape[1], lanes):
+                store(summed, (t, c), load(summed, (t, c)) * decay[t])
+    multiply_add(scores[:block, :count].T, values, summed[:count])
+
+
+@njit(**OPTIONS)
+def slopes_of_logits(weights, slopes, block, count, top, share, offset):
+    """Logits to weights, and the slopes by the weights to slopes by the logits: P (dP - offset), P = exp(S - top) share."""
+    lanes = REGISTER_BYTES // weights.itemsize
+    for t in range(0, count, lanes):
+        largest, by, shift = load(top, t), load(share, t), load(offset, t)
+        for a in range(block):
+            weight = exp2(load(weights, (a, t)) - largest) * by
+            store(weights, (a, t), weight)
+            store(slopes, (a, t), weight * (load(slopes, (a, t)) - shift))
