@@ -31,6 +31,7 @@ from einops import rearrange
 from IPython.display import Image, Markdown, display
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -437,7 +438,7 @@ marks = right.scatter(
 style.star(right, on[1], on[0])
 right.set_title("the bias of the query at the star, by point")
 figure.colorbar(marks, ax=right, shrink=0.8, label="added to the logit")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # A displacement of whole cells does not land on an entry of the table. The table counts entries from corner to corner,
@@ -815,12 +816,15 @@ right.set(xlim=(-0.5, N - 0.5), xticks=[*blocks, N], xlabel="keys", ylabel="logi
 right.set_title("one query: its logits, and after each block the maximum so far, in blue", pad=46)
 plt.show()
 
+first, second = (top for top, _ in states[:2])
 buffer = on_cpu.KEYS * (on_cpu.QUERIES + on_cpu.LANES) * 4
 say(
     f"Left: {len(tiles)} tiles meet {len(blocks)} blocks each. Grey: done and forgotten but for three things (right of "
     f"the matrix). Orange: the block that exists now, in a buffer of {buffer / 2**10:.1f} kB in float32; the whole "
-    f"matrix of one head has {4 * side * side * N / 2**10:,.0f} kB. Right: the query {query - tile.start} of the tile. "
-    f"After the last block max + log(sum) is the logarithm of the softmax's denominator, asserted above."
+    f"matrix of one head has {4 * side * side * N / 2**10:,.0f} kB. Right: a query of the tile. When the second block "
+    f"is read the maximum rises from {first:.2f} to {second:.2f}, so the first block's sum is multiplied by "
+    f"exp({first:.2f} − {second:.2f}) = {math.exp(first - second):.3f}. After the last block max + log(sum) is the "
+    f"logarithm of the softmax's denominator, asserted above."
 )
 
 # %% [markdown]
@@ -835,7 +839,7 @@ for points in numbers:
         calls = {form: partial(bench.deformable, form, inputs, backward) for form in NAMES}
         took[points, backward] = milliseconds(calls)
         for out, other in zip(*(call() for call in calls.values()), strict=True):
-            assert float((out - other).abs().max() / out.abs().max()) < 1e-4  # float32: the same output and gradients
+            assert (out - other).abs().max() < 1e-4 * out.abs().max()  # the same output and gradients, in float32
 
 pairs = BATCH * HEADS * SIDE**2  # of queries and keys, for each point
 pays_from = next(points for points in range(1, max(numbers)) if kernel.pays("numba", pairs * points))
@@ -858,6 +862,8 @@ for form, (name, colour) in NAMES.items():
 memory.set(title="the bias, or the block in its place, MB")
 for ax in (forward, both, memory):
     ax.set(xscale="log", yscale="log", xlabel="points; dashed: from here on “auto” takes the kernel", xlim=(13, 1000))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.set_xticks(numbers, numbers)
 memory.set_xlabel("points")
@@ -1278,7 +1284,7 @@ overlap = np.minimum(dat_on[:, 2], dat_off[:, 2]).sum()
 common = len(set(map(tuple, swin_on[:, :2])) & set(map(tuple, swin_off[:, :2])))
 say(
     f"DAT: the same {len(dat_on)} points (of both groups) for both queries, with other weights; {overlap:.0%} of the "
-    f"attention is common to both. Swin: {len(swin_on)} keys each, {common} of them in common."
+    f"attention is common to both. Swin: {len(swin_on)} keys and {len(swin_off)}, and {common} in common."
 )
 
 # %% [markdown]

@@ -19,10 +19,9 @@ from dynattn.kernels.simd import (
     LANES,
     OPTIONS,
     REGISTER_BYTES,
-    exp2,
     leading,
     load,
-    maximum,
+    multiply,
     multiply_add,
     padded,
     ramp,
@@ -30,10 +29,8 @@ from dynattn.kernels.simd import (
     store,
     total,
 )
+from dynattn.kernels.tiles_numba import KEYS, LOG2E, QUERIES, ROOM, add_block, copy, slopes_of_logits
 
-QUERIES, KEYS = 96, 72  # of a tile and of a block: whole register blocks of the matrix product; logits of 32 KiB
-LOG2E = math.log2(math.e)
-LOWEST = -3e38  # below every logit
 NOWHERE = -9  # the cell of what is not read
 MARGIN = 2  # zeros around a table: one cell where the border fades, one for rounding
 
@@ -181,35 +178,27 @@ def spread_bias(table, places, step, runs, keys, i, j, stop, slopes, t, table_sl
 @njit(**OPTIONS)
 def logits(tile, k, table, places, step, runs, keys, first_query, count, width, scores):
     """scores[n, t] = (q k^T + bias) in units of log2 for a tile (d, queries) and a block of keys, from-to."""
-    block = keys[1] - keys[0]
-    if table.size:
-        t = 0
-        while t < count:  # a row of queries after the other
-            i, j = divmod(first_query + t, width)
-            stop = min(width, j + count - t)
-            read_bias(table, places, step, runs, keys, i, j, stop, scores, t)
-            t += stop - j
-    else:
-        scores[:block] = 0
-    multiply_add(k[keys[0] : keys[1]], tile, scores[:block, : tile.shape[1]])
-
-
-@njit(**OPTIONS)
-def copy(source, factor, target):
-    """Rows and columns of a matrix into a larger one, multiplied."""
-    for i in range(source.shape[0]):
-        for c in range(source.shape[1]):
-            target[i, c] = source[i, c] * factor
+    some, fit = k[keys[0] : keys[1]], scores[: keys[1] - keys[0], : tile.shape[1]]
+    if not table.size:
+        multiply(some, tile, fit)
+        return
+    t = 0
+    while t < count:  # a row of queries after the other
+        i, j = divmod(first_query + t, width)
+        stop = min(width, j + count - t)
+        read_bias(table, places, step, runs, keys, i, j, stop, scores, t)
+        t += stop - j
+    multiply_add(some, tile, fit)
 
 
 @njit(**OPTIONS)
 def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, kept):
     """Heads begin to end - 1 of all (batch, head): out, and each softmax's largest logit and sum."""
     (_, h, L, d), N, G = q.shape, k.shape[2], places.shape[1]
-    dtype, lanes, D = out.dtype, REGISTER_BYTES // out.itemsize, padded(d)
+    dtype, D = out.dtype, padded(d)
     one, to_logits = dtype.type(1), dtype.type(scale * LOG2E)
     values, summed = np.zeros((N, D), dtype), np.empty((QUERIES, D), dtype)
-    tile, scores = np.zeros((d, QUERIES), dtype), np.empty((KEYS, QUERIES + LANES), dtype)
+    tile, scores = np.zeros((d, QUERIES), dtype), np.empty((KEYS, ROOM), dtype)
     top, bottom, decay = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
     runs = room_for_runs(N, width)
     for item in range(begin, end):
@@ -222,29 +211,11 @@ def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, 
             count = min(QUERIES, L - l)
             T = padded(count)
             copy(q[b, m, l : l + count].T, to_logits, tile)
-            top[:], bottom[:], summed[:] = LOWEST, 0, 0
             for n in range(0, N, KEYS):
                 keys = n, min(n + KEYS, N)
                 logits(tile[:, :T], k[b, m], tables[m], places[b, g], step, runs, keys, l, count, width, scores)
-                block = keys[1] - n
-                for t in range(0, T, lanes):
-                    old = load(top, t)
-                    new = old
-                    for a in range(block):
-                        new = maximum(new, load(scores, (a, t)))
-                    power = ramp(top, 0, 0)
-                    for a in range(block):
-                        weight = exp2(load(scores, (a, t)) - new)
-                        store(scores, (a, t), weight)
-                        power = power + weight
-                    shrink = exp2(old - new)
-                    store(top, t, new)
-                    store(decay, t, shrink)
-                    store(bottom, t, load(bottom, t) * shrink + power)
-                for t in range(count if n else 0):
-                    for c in range(0, D, lanes):
-                        store(summed, (t, c), load(summed, (t, c)) * decay[t])
-                multiply_add(scores[:block, :count].T, values[n : keys[1]], summed[:count])
+                values_of_block = values[n : keys[1]]
+                add_block(scores, keys[1] - n, count, values_of_block, top, bottom, decay, summed, n == 0)
             for t in range(count):
                 kept[b, m, l + t, 0], kept[b, m, l + t, 1] = top[t], bottom[t]
                 share = one / bottom[t]
@@ -258,13 +229,13 @@ def backward_heads(
 ):
     """Gradients of heads begin to end - 1, all five; those by places and tables apart for each head."""
     (_, h, L, d), N, G = q.shape, k.shape[2], places.shape[1]
-    dtype, lanes, D = dq.dtype, REGISTER_BYTES // dq.itemsize, padded(d)
+    dtype, D = dq.dtype, padded(d)
     one, factor, to_logits = dtype.type(1), dtype.type(scale), dtype.type(scale * LOG2E)
     keys, key_slopes, value_slopes = np.zeros((N, D), dtype), np.empty((N, D), dtype), np.empty((N, D), dtype)
     queries, query_slopes = np.zeros((QUERIES, D), dtype), np.empty((QUERIES, D), dtype)
     grads, table_slopes = np.zeros((QUERIES, D), dtype), np.empty(tables.shape[1:], dtype)
     tile, grad_tile = np.zeros((d, QUERIES), dtype), np.zeros((d, QUERIES), dtype)
-    weights, slopes = np.empty((KEYS, QUERIES + LANES), dtype), np.empty((KEYS, QUERIES + LANES), dtype)
+    weights, slopes = np.empty((KEYS, ROOM), dtype), np.empty((KEYS, ROOM), dtype)
     top, share, offset = np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype)
     runs = room_for_runs(N, width)
     for item in range(begin, end):
@@ -288,14 +259,8 @@ def backward_heads(
                 some = n, min(n + KEYS, N)
                 block = some[1] - n
                 logits(tile[:, :T], k[b, m], tables[m], places[b, g], step, runs, some, l, count, width, weights)
-                slopes[:block] = 0
-                multiply_add(v[b, m, n : some[1]], grad_tile[:, :T], slopes[:block, :T])
-                for t in range(0, T, lanes):
-                    largest, by, shift = load(top, t), load(share, t), load(offset, t)
-                    for a in range(block):
-                        weight = exp2(load(weights, (a, t)) - largest) * by
-                        store(weights, (a, t), weight)
-                        store(slopes, (a, t), weight * (load(slopes, (a, t)) - shift))
+                multiply(v[b, m, n : some[1]], grad_tile[:, :T], slopes[:block, :T])
+                slopes_of_logits(weights, slopes, block, count, top, share, offset)
                 multiply_add(weights[:block, :count], grads[:count], value_slopes[n : some[1]])
                 multiply_add(slopes[:block, :count], queries[:count], key_slopes[n : some[1]])
                 multiply_add(slopes[:block, :count].T, keys[n : some[1]], query_slopes[:count])

@@ -11,13 +11,13 @@ from numba import njit
 from torch import Tensor
 
 from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
-from dynattn.kernels.simd import OPTIONS, multiply_add, padded
-from dynattn.kernels.tiles_numba import KEYS, LOG2E, QUERIES, ROOM, add_block, slopes_of_logits, start_tile
+from dynattn.kernels.simd import OPTIONS, multiply, multiply_add, padded
+from dynattn.kernels.tiles_numba import KEYS, LOG2E, QUERIES, ROOM, add_block, slopes_of_logits
 
 
 @njit(**OPTIONS)
 def sort_by_group(groups, order, first):
-    """order: queries by group, in their own order within one; those of group j stand at first[j] to first[j + 1] - 1."""
+    """order: queries by group, in their own order within one; group j has places first[j] to first[j + 1] - 1."""
     first[:] = 0
     for l in range(groups.size):
         first[groups[l] + 1] += 1
@@ -55,7 +55,7 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, ke
     one, to_logits = dtype.type(1), dtype.type(scale * LOG2E)
     order, first = np.empty(L, np.int64), np.empty(G + 1, np.int64)
     keys, values = np.zeros((n, d), dtype), np.zeros((n, D), dtype)
-    tile, scores, summed = np.zeros((d, QUERIES), dtype), np.empty((KEYS, ROOM), dtype), np.empty((QUERIES, D), dtype)
+    tile, scores, summed = np.zeros((d, QUERIES), dtype), np.zeros((KEYS, ROOM), dtype), np.zeros((QUERIES, D), dtype)
     top, bottom, decay = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
     for item in range(begin, end):
         b, m = divmod(item, h)
@@ -70,12 +70,10 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, ke
                 t1 = min(t0 + QUERIES, first[j + 1])
                 count = t1 - t0
                 gather_transposed(q, b, m, order, t0, t1, to_logits, tile)
-                start_tile(top, bottom, summed)
                 for a in range(0, length, KEYS):
                     block = min(KEYS, length - a)
-                    scores[:block] = 0
-                    multiply_add(keys[a : a + block], tile[:, : padded(count)], scores[:block, : padded(count)])
-                    add_block(scores, block, count, values[a : a + block], top, bottom, decay, summed)
+                    multiply(keys[a : a + block], tile[:, : padded(count)], scores[:block, : padded(count)])
+                    add_block(scores, block, count, values[a : a + block], top, bottom, decay, summed, a == 0)
                 for t in range(count):
                     l, share = order[t0 + t], one / bottom[t]
                     kept[b, m, l, 0], kept[b, m, l, 1] = top[t], bottom[t]
@@ -95,7 +93,7 @@ def backward_heads(begin, end, grad, offsets, kept, q, k, v, groups, selected, l
     queries, grads = np.zeros((QUERIES, D), dtype), np.zeros((QUERIES, D), dtype)
     tile, grad_tile = np.zeros((d, QUERIES), dtype), np.zeros((d, QUERIES), dtype)
     query_slopes = np.empty((QUERIES, D), dtype)
-    weights, slopes = np.empty((KEYS, ROOM), dtype), np.empty((KEYS, ROOM), dtype)
+    weights, slopes = np.zeros((KEYS, ROOM), dtype), np.zeros((KEYS, ROOM), dtype)
     top, share, offset = np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype)
     for item in range(begin, end):
         b, m = divmod(item, h)
@@ -120,9 +118,8 @@ def backward_heads(begin, end, grad, offsets, kept, q, k, v, groups, selected, l
                     top[t], share[t], offset[t] = kept[b, m, l, 0], one / kept[b, m, l, 1], offsets[b, m, l]
                 for a in range(0, length, KEYS):
                     block = min(KEYS, length - a)
-                    weights[:block], slopes[:block] = 0, 0
-                    multiply_add(keys[a : a + block, :d], tile[:, :T], weights[:block, :T])
-                    multiply_add(values[a : a + block], grad_tile[:, :T], slopes[:block, :T])
+                    multiply(keys[a : a + block, :d], tile[:, :T], weights[:block, :T])
+                    multiply(values[a : a + block], grad_tile[:, :T], slopes[:block, :T])
                     slopes_of_logits(weights, slopes, block, count, top, share, offset)
                     multiply_add(weights[:block, :count], grads[:count], value_slopes[a : a + block])
                     multiply_add(slopes[:block, :count], queries[:count], key_slopes[a : a + block])

@@ -276,10 +276,11 @@ def exp2(x):
 
 
 @intrinsic(prefer_literal=True)
-def _block(typing, a, b, c, i, j, rows, vectors):
-    """c[i : i + rows, j : j + n] += a[i : i + rows] @ b[:, j : j + n], n as many numbers as `vectors` registers hold.
+def _block(typing, a, b, c, i, j, rows, vectors, add):
+    """c[i : i + rows, j : j + n] = a[i : i + rows] @ b[:, j : j + n], n as many numbers as `vectors` registers hold.
 
-    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants.
+    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants; with the
+    constant `add` the sums start from c.
     """
     kind, rows_of, vectors_of = Vector(a.dtype), range(rows.literal_value), range(vectors.literal_value)
 
@@ -307,7 +308,9 @@ def _block(typing, a, b, c, i, j, rows, vectors):
         along_j = [builder.add(j, word(v * kind.lanes)) for v in vectors_of]
         block = [[step(c_at, (r, c_i), (v, word(width))) for v in along_j] for r in rows_i]
         a_rows = [step(a_at, (r, a_i)) for r in rows_i]
-        sums = [[cgutils.alloca_once_value(builder, read(pointer, vector)) for pointer in row] for row in block]
+        zero = _constant(context, kind, [0] * kind.lanes)
+        start = lambda pointer: read(pointer, vector) if add.literal_value else zero  # noqa: E731
+        sums = [[cgutils.alloca_once_value(builder, start(pointer)) for pointer in row] for row in block]
         with cgutils.for_range(builder, depth) as loop:
             b_row = [read(step(b_at, (loop.index, b_k), (v, word(width))), vector) for v in along_j]
             for a_row, row in zip(a_rows, sums, strict=True):
@@ -321,14 +324,49 @@ def _block(typing, a, b, c, i, j, rows, vectors):
                 builder.store(builder.load(sum_), builder.bitcast(pointer, vector.as_pointer())).align = width
         return context.get_dummy_value()
 
-    return types.void(a, b, c, i, j, rows, vectors), generate
+    return types.void(a, b, c, i, j, rows, vectors, add), generate
 
 
-# Blocks of rows x registers: the sums, a row of b and a number of a fit into 32 registers (AVX-512) or 16.
+# Blocks of rows x registers: the sums, a row of b and a number of a fit into 32 registers (AVX-512) or 16. Columns go
+# in steps of WIDE, NARROW and one register, rows in the largest step for these, in steps of FEW_ROWS, and one by one.
 if REGISTER_BYTES == 64:
     WIDE, WIDE_ROWS, NARROW, NARROW_ROWS = 3, 8, 2, 12
 else:
-    WIDE, WIDE_ROWS, NARROW, NARROW_ROWS = 2, 6, 1, 12
+    WIDE, WIDE_ROWS, NARROW, NARROW_ROWS = 2, 4, 1, 8
+FEW_ROWS = 4
+
+
+@njit(**OPTIONS)
+def multiply(a, b, c):
+    """c = a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
+    M, N = c.shape
+    lanes = REGISTER_BYTES // c.itemsize
+    wide = N - N % (WIDE * lanes)
+    narrow = N - (N - wide) % (NARROW * lanes)
+    fours = M - M % FEW_ROWS
+    whole = M - M % WIDE_ROWS
+    for j in range(0, wide, WIDE * lanes):
+        for i in range(0, whole, WIDE_ROWS):
+            _block(a, b, c, i, j, WIDE_ROWS, WIDE, False)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, WIDE, False)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, WIDE, False)
+    whole = M - M % NARROW_ROWS
+    for j in range(wide, narrow, NARROW * lanes):
+        for i in range(0, whole, NARROW_ROWS):
+            _block(a, b, c, i, j, NARROW_ROWS, NARROW, False)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, NARROW, False)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, NARROW, False)
+    for j in range(narrow, N, lanes):
+        for i in range(0, whole, NARROW_ROWS):
+            _block(a, b, c, i, j, NARROW_ROWS, 1, False)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, 1, False)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, 1, False)
 
 
 @njit(**OPTIONS)
@@ -338,20 +376,27 @@ def multiply_add(a, b, c):
     lanes = REGISTER_BYTES // c.itemsize
     wide = N - N % (WIDE * lanes)
     narrow = N - (N - wide) % (NARROW * lanes)
+    fours = M - M % FEW_ROWS
+    whole = M - M % WIDE_ROWS
     for j in range(0, wide, WIDE * lanes):
-        whole = M - M % WIDE_ROWS
         for i in range(0, whole, WIDE_ROWS):
-            _block(a, b, c, i, j, WIDE_ROWS, WIDE)
-        for i in range(whole, M):
-            _block(a, b, c, i, j, 1, WIDE)
+            _block(a, b, c, i, j, WIDE_ROWS, WIDE, True)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, WIDE, True)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, WIDE, True)
     whole = M - M % NARROW_ROWS
     for j in range(wide, narrow, NARROW * lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, NARROW)
-        for i in range(whole, M):
-            _block(a, b, c, i, j, 1, NARROW)
+            _block(a, b, c, i, j, NARROW_ROWS, NARROW, True)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, NARROW, True)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, NARROW, True)
     for j in range(narrow, N, lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, 1)
-        for i in range(whole, M):
-            _block(a, b, c, i, j, 1, 1)
+            _block(a, b, c, i, j, NARROW_ROWS, 1, True)
+        for i in range(whole, fours, FEW_ROWS):
+            _block(a, b, c, i, j, FEW_ROWS, 1, True)
+        for i in range(fours, M):
+            _block(a, b, c, i, j, 1, 1, True)

@@ -8,7 +8,18 @@ import math
 
 from numba import njit
 
-from dynattn.kernels.simd import LANES, OPTIONS, REGISTER_BYTES, exp2, load, maximum, multiply_add, ramp, store
+from dynattn.kernels.simd import (
+    LANES,
+    OPTIONS,
+    REGISTER_BYTES,
+    exp2,
+    load,
+    maximum,
+    multiply,
+    multiply_add,
+    ramp,
+    store,
+)
 
 QUERIES, KEYS = 96, 72  # of a tile and of a block: whole register blocks of the matrix product; logits of 32 KiB
 ROOM = QUERIES + LANES  # numbers in a row of logits: vectors may write over the end
@@ -25,15 +36,14 @@ def copy(source, factor, target):
 
 
 @njit(**OPTIONS)
-def start_tile(top, bottom, summed):
-    """Nothing has been read yet."""
-    top[:], bottom[:], summed[:] = LOWEST, 0, 0
+def add_block(scores, block, count, values, top, bottom, decay, summed, first):
+    """Let `count` queries read a block of keys: scores (keys, queries) become weights, summed (queries, D) grows.
 
-
-@njit(**OPTIONS)
-def add_block(scores, block, count, values, top, bottom, decay, summed):
-    """Let `count` queries read a block of keys: scores (keys, queries) become weights, summed (queries, D) grows."""
+    With `first` nothing has been read before, and what stands in top, bottom and summed does not matter.
+    """
     lanes = REGISTER_BYTES // scores.itemsize
+    if first:
+        top[:], bottom[:] = LOWEST, 0
     for t in range(0, count, lanes):
         old = load(top, t)
         new = old
@@ -48,6 +58,9 @@ def add_block(scores, block, count, values, top, bottom, decay, summed):
         store(top, t, new)
         store(decay, t, shrink)
         store(bottom, t, load(bottom, t) * shrink + sum_)
+    if first:
+        multiply(scores[:block, :count].T, values, summed[:count])
+        return
     for t in range(count):
         if decay[t] != 1:
             for c in range(0, summed.shape[1], lanes):
@@ -57,7 +70,7 @@ def add_block(scores, block, count, values, top, bottom, decay, summed):
 
 @njit(**OPTIONS)
 def slopes_of_logits(weights, slopes, block, count, top, share, offset):
-    """Logits to weights, and the slopes by the weights to slopes by the logits: P (dP - offset), P = exp(S - top) share."""
+    """Logits S to weights P = exp(S - top) share, and slopes dP by the weights to those by the logits, P (dP - offset)."""
     lanes = REGISTER_BYTES // weights.itemsize
     for t in range(0, count, lanes):
         largest, by, shift = load(top, t), load(share, t), load(offset, t)

@@ -36,6 +36,7 @@ from dynattn.models.layers import (
     PatchEmbedding,
     Stage,
     check_classes,
+    check_stages,
     drop_path_rates,
     initialise,
 )
@@ -104,10 +105,6 @@ class DAT(Backbone):
         core.one_of("early", early, ("shifted", "sra"))
         core.positive("in_chans", in_chans)
         check_classes(num_classes)
-        if not isinstance(depths, Sequence) or not depths:
-            raise TypeError(f"depths: expected the number of blocks of every stage, got {depths!r}")
-        for depth in depths:
-            core.positive("depths", depth)
         if not isinstance(deformable_stages, Sequence):
             raise TypeError(f"deformable_stages: expected numbers of stages, got {deformable_stages!r}")
         given = dict(
@@ -117,14 +114,11 @@ class DAT(Backbone):
         core.one_of("shift", reading["shift"], ("up", "down"))
         core.one_of("reference", reading["reference"], ("centre", "corner"))
         core.one_of("offset_unit", reading["offset_unit"], ("half_cell", "cell"))
-        count = len(depths)
-        ranges = [offset_range] * count if isinstance(offset_range, int | float) else offset_range
-        by_stage = dict(
-            dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"], offset_range=ranges
+        count = check_stages(
+            depths, dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"]
         )
-        for name, values in by_stage.items():
-            if not isinstance(values, Sequence) or len(values) < count:
-                raise ValueError(f"{name}: expected {count} values, one for each stage of depths, got {values!r}")
+        ranges = [offset_range] * count if isinstance(offset_range, int | float) else offset_range
+        check_stages(depths, offset_range=ranges)
         if blocks is None:
             blocks = [_default_blocks(stage, deformable_stages, early) for stage in range(1, count + 1)]
         if len(blocks) < count or not all(blocks):

@@ -4,6 +4,8 @@ Maps are channels-last (B, H, W, C) between layers. A map whose side is odd is p
 so that every stage has the ceiling of half the side before.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -94,10 +96,28 @@ class Block(nn.Module):
 
 def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Stochastic depth that grows linearly over all blocks from 0 to `rate`, by stage and block."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate: expected a number from 0 to below 1, got {rate!r}")
+    check_rate("drop_path_rate", rate)
     rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())  # also where the model is made on "meta"
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Raise ValueError unless it is a share of what may be dropped, from 0 to below 1."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {rate!r}")
+
+
+def check_stages(depths: object, **by_stage: object) -> int:
+    """The number of stages; raises TypeError, ValueError unless all have blocks, and each of `by_stage` a value each."""
+    if not isinstance(depths, Sequence) or not depths:
+        raise TypeError(f"depths: expected the number of blocks of every stage, got {depths!r}")
+    for depth in depths:
+        core.positive("depths", depth)
+    count = len(depths)
+    for name, values in by_stage.items():
+        if not isinstance(values, Sequence) or len(values) < count:
+            raise ValueError(f"{name}: expected {count} values, one for each stage of depths, got {values!r}")
+    return count
 
 
 def check_classes(num_classes: object) -> None:
@@ -219,7 +239,7 @@ class Backbone(nn.Module):
         check_classes(num_classes)
         self.num_classes = num_classes
         reference = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.head.apply(initialise).to(reference.device, reference.dtype)
 
 

@@ -18,6 +18,12 @@ MODELS: dict[str, tuple[str, str, str | None]] = {
     "dat_base_384": ("dat", "DAT", "BASE_384"),
     "dat_tiny_conv": ("dat", "DAT", "TINY_CONV"),
     "dat_mini": ("dat", "DAT", "MINI"),
+    "dgt_tiny": ("dgt", "DGT", "TINY"),
+    "dgt_small": ("dgt", "DGT", "SMALL"),
+    "dgt_base": ("dgt", "DGT", "BASE"),
+    "dgt_mini": ("dgt", "DGT", "MINI"),
+    "cswin_tiny": ("comparisons", "CSWin", None),
+    "swin_tiny_dgt": ("comparisons", "swin_tiny_dgt", None),
     "swin_mini": ("comparisons", "swin_mini", None),
     "vit_mini": ("comparisons", "vit_mini", None),
 }

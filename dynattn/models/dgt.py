@@ -1,0 +1,264 @@
+"""DGT, the Dynamic Group Transformer (IJCAI 2022): queries in groups, each with the keys its centroid selects.
+
+    stem        3 x 3 convolutions of strides 2, 1, 1, each with GELU and batch norm              H/2 x W/2
+    stage 1-3   merge, (DGT block) x N                                                            Table 1
+    stage 4     merge, (GSA block) x N: the same with attention of every token to every token
+    merge       3 x 3 convolution of stride 2, LayerNorm: half the side, twice the channels
+    head        1 x 1 convolution to 1280, batch norm, SiLU; global average, dropout, Linear
+
+A block, l of the paper left out:
+
+    X~ = X + CPE(X)                                                                               DGT-8
+    X^ = X~ + DG-Attention(LN(X~))                                                                DGT-9
+    X  = X^ + IRFFN(LN(X^))                                                                       DGT-10
+
+DGT-S and DGT-B norm what comes out of a branch instead, X~ + LN(DG-Attention(X~)), and take cosines for dot products,
+as Swin V2 does (section 3.3). No code was published, and the text names the parts only. What follows is the one form of
+a block that has all three printed numbers of parameters; what they leave open (GELU before batch norm, LayerNorm
+in the merges, SiLU in the head, a temperature for each head) is CMT's and Swin V2's, which the paper builds on.
+"""
+
+from collections.abc import Sequence
+
+from einops import rearrange
+from jaxtyping import Float
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from dynattn import core
+from dynattn.mechanisms.baselines import CrossShapedWindowAttention, SpatialReductionAttention
+from dynattn.mechanisms.dense import DenseAttention
+from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
+from dynattn.mechanisms.window import WindowAttention
+from dynattn.models.layers import (
+    Backbone,
+    Block,
+    PatchEmbedding,
+    Stage,
+    check_classes,
+    check_rate,
+    check_stages,
+    drop_path_rates,
+    initialise,
+)
+
+BLOCKS = ("dgt", "swin", "cswin", "cmt")
+STRIPES = (1, 2, 7, 7)  # of CSWin's blocks, by stage
+REDUCTIONS = (8, 4, 2, 1)  # of CMT's blocks, by stage
+
+
+class Stem(nn.Module):
+    """Three 3 x 3 convolutions, the first of stride 2: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), out)."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        widths = [(channels, 2), (out, 1), (out, 1)]
+        self.convs = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(width, out, 3, stride, 1), nn.GELU(), nn.BatchNorm2d(out))
+                for width, stride in widths
+            )
+        )
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        return rearrange(self.convs(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
+
+
+class ConditionalPosition(nn.Module):
+    """CPE: a depthwise 3 x 3 convolution, which tells a token what is beside it and, by the border's zeros, where."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return rearrange(self.conv(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
+
+
+class IRFFN(nn.Module):
+    """The inverted residual feed-forward network of CMT: wider, a depthwise 3 x 3 beside an identity, narrower again."""
+
+    def __init__(self, dim: int, ratio: int = 4):
+        super().__init__()
+        wide = dim * ratio
+        self.expand = nn.Sequential(nn.Conv2d(dim, wide, 1), nn.GELU(), nn.BatchNorm2d(wide))
+        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.activate = nn.Sequential(nn.GELU(), nn.BatchNorm2d(wide))
+        self.reduce = nn.Sequential(nn.Conv2d(wide, dim, 1), nn.BatchNorm2d(dim))
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = self.expand(rearrange(x, "B H W C -> B C H W"))
+        x = self.activate(x + self.depthwise(x))
+        return rearrange(self.reduce(x), "B C H W -> B H W C")
+
+
+class DGTBlock(nn.Module):
+    """CPE, attention, IRFFN, around any attention that maps (B, H, W, C) to itself (figure 2b).
+
+    Stochastic depth drops attention and IRFFN with probability `drop_path`, never the CPE. `post_norm` norms what comes
+    out of these two instead of what goes in.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, post_norm: bool = False):
+        super().__init__()
+        self.cpe = ConditionalPosition(dim)
+        self.norm1, self.attn = nn.LayerNorm(dim), attn
+        self.norm2, self.ffn = nn.LayerNorm(dim), IRFFN(dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.post_norm = post_norm
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = x + self.cpe(x)  # DGT-8
+        if self.post_norm:
+            x = x + self.drop_path(self.norm1(self.attn(x)))
+            return x + self.drop_path(self.norm2(self.ffn(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))  # DGT-9
+        return x + self.drop_path(self.ffn(self.norm2(x)))  # DGT-10
+
+
+class GroupedModel(nn.Module):
+    """What a model with dynamic group attention offers besides: its layers, their centroids, their number of keys."""
+
+    def grouped_layers(self) -> list[DynamicGroupAttention]:
+        """The layers that group, in order."""
+        return [module for module in self.modules() if isinstance(module, DynamicGroupAttention)]
+
+    def update_centroids(self, lr: float | None = None) -> None:
+        """Move every layer's centroids to the queries seen since the last call: once a step, after the optimiser's."""
+        for layer in self.grouped_layers():
+            layer.update_centroids(lr)
+
+    def set_keys(self, keys: int) -> None:
+        """Let every group read k keys, or all where a map has fewer; no parameter depends on it.
+
+        The paper has 98 at 224 pixels, 512 for ADE20K, 500 for COCO.
+        """
+        core.positive("keys", keys)
+        for layer in self.grouped_layers():
+            layer.keys = keys
+
+
+class DGT(GroupedModel, Backbone):
+    """DGT and its ablations: (B, in_chans, H, W) to (B, num_classes), for any H and W.
+
+    img_size: what images are brought to; no parameter depends on it.  dims, depths, heads: by stage.  groups, keys: G
+    and k, one number or one for every stage that groups, all but the last (Table 4b).
+    block: "dgt", or what stands in its place in the stages that group (Table 4c): "swin", attention in windows of side
+    `window`, shifted in turn, and an MLP; "cswin", in cross-shaped windows, and an MLP; "cmt", of keys from a reduced
+    map, in a block that is DGT's otherwise. The paper does not say more: the last stage stays as it is, and each has
+    its own paper's sizes for that stage.
+    post_norm, cosine: of DGT-S and DGT-B.  head_dim: channels before the classifier.  drop_rate: dropout before it.
+    drop_path_rate: stochastic depth of the last block.
+    Raises ValueError, TypeError for arguments that do not fit together. Source: DGT section 3.3, Table 1.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        *,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (1, 2, 17, 2),
+        heads: Sequence[int] = (2, 4, 8, 16),
+        groups: int | Sequence[int] = 48,
+        keys: int | Sequence[int] = 98,
+        block: str = "dgt",
+        window: int = 7,
+        post_norm: bool = False,
+        cosine: bool = False,
+        head_dim: int = 1280,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+    ):
+        super().__init__()
+        core.positive("in_chans", in_chans)
+        core.positive("head_dim", head_dim)
+        core.one_of("block", block, BLOCKS)
+        check_classes(num_classes)
+        check_rate("drop_rate", drop_rate)
+        count = check_stages(depths, dims=dims, heads=heads)
+        groups, keys = each_stage("groups", groups, count - 1), each_stage("keys", keys, count - 1)
+
+        self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
+        self.num_features, self.head_hidden_size = dims[-1], head_dim
+        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
+
+        def layer(i: int, d: int, rate: float) -> nn.Module:
+            """Block d of stage i."""
+            if i == count - 1:
+                attn = DenseAttention(dims[i], heads[i], cosine=cosine)
+            elif block == "swin":
+                shift = window // 2 if d % 2 else 0
+                return Block(dims[i], WindowAttention(dims[i], heads[i], window, shift), drop_path=rate)
+            elif block == "cswin":
+                return Block(dims[i], CrossShapedWindowAttention(dims[i], heads[i], STRIPES[min(i, 3)]), drop_path=rate)
+            elif block == "cmt":
+                attn = SpatialReductionAttention(dims[i], heads[i], REDUCTIONS[min(i, 3)], depthwise=True)
+            else:
+                attn = DynamicGroupAttention(dims[i], heads[i], groups[i], keys[i], cosine=cosine)
+            return DGTBlock(dims[i], attn, drop_path=rate, post_norm=post_norm)
+
+        stem_dim = dims[0] // 2
+        rates = drop_path_rates(drop_path_rate, tuple(depths))
+        self.embed = Stem(in_chans, stem_dim)
+        self.stages = nn.ModuleList()
+        for i in range(count):
+            merge = PatchEmbedding(dims[i - 1] if i else stem_dim, dims[i], 3, 2)
+            self.stages.append(Stage(merge, [layer(i, d, rate) for d, rate in enumerate(rates[i])]))
+        self.norm = nn.Identity()  # a LayerNorm here would miss the parameters of DGT-S
+        self.widen = nn.Sequential(nn.Conv2d(dims[-1], head_dim, 1), nn.BatchNorm2d(head_dim), nn.SiLU())
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(head_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(initialise)
+
+    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B out"]:
+        """1280 channels, global average, dropout, then the classifier (`pre_logits`: without it)."""
+        pooled = self.drop(self.widen(x).mean(dim=(2, 3)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and the head if wanted; returns the stages as numbers."""
+        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.widen, self.head_hidden_size = nn.Identity(), self.feature_info[max(chosen)]["num_chs"]
+        return chosen
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone: the bias tables of Swin's blocks, temperatures."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("table", "temperature"))}
+
+
+def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
+    """A number for each of `count` stages, from one for all or from one each; raises TypeError, ValueError otherwise."""
+    values = [value] * count if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or len(values) < count:
+        raise ValueError(f"{name}: expected a number, or {count}, one for each stage that groups, got {value!r}")
+    for one in values:
+        core.positive(name, one)
+    return values
+
+
+TINY = dict()
+SMALL = dict(
+    dims=(96, 192, 384, 768), heads=(3, 6, 12, 24), post_norm=True, cosine=True, drop_path_rate=0.4
+)
+BASE = dict(
+    dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32), post_norm=True, cosine=True, drop_path_rate=0.5
+)
+MINI = dict(
+    img_size=128,
+    num_classes=10,
+    dims=(32, 64, 128),
+    depths=(1, 4, 3),
+    heads=(2, 4, 8),
+    groups=8,
+    keys=(256, 64),
+    head_dim=256,
+    drop_path_rate=0.05,
+)
