@@ -55,6 +55,11 @@ def operators(
     }
 
 
+def function(name: str, fake: Callable, file: str) -> Callable:
+    """The custom operator, without gradients, of a function `name` in kernels/FILE.py; it looks like `fake`."""
+    return _define(name, fake, lambda *arguments: getattr(import_module(f"dynattn.kernels.{file}"), name)(*arguments))
+
+
 def _define(name: str, fake: Callable, run: Callable) -> Callable:
     """A custom operator of torch that looks like `fake` and does what `run` does.
 

@@ -39,4 +39,16 @@ def flops(q: tuple, k: tuple, v: tuple, groups: tuple, selected: tuple, *_, **__
     return 4 * B * h * L * n * d
 
 
+def assign(q: Tensor, centroids: Tensor) -> Tensor:
+    """Groups (B, h, L) of queries (B, h, L, d) by centroids (h, G, d)."""
+    return q.new_empty(q.shape[:3], dtype=torch.int64)
+
+
+def select(k: Tensor, centroids: Tensor, n: int) -> Tensor:
+    """Keys (B, h, G, n) of each group, of keys (B, h, S, d) by centroids (h, G, d)."""
+    return k.new_empty(*k.shape[:2], centroids.shape[1], n, dtype=torch.int64)
+
+
+ASSIGN = frame.function("assign", assign, file="selection_numba")
+SELECT = frame.function("select", select, file="selection_numba")
 OPERATORS = frame.operators("grouped_attention", forward, backward, flops, file="grouped")

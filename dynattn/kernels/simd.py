@@ -189,6 +189,27 @@ def maximum(typing, one, other):
 
 
 @intrinsic
+def where_at_least(typing, x, y, yes, no):
+    """`yes` in the lanes where x >= y, else `no`, also where one of them is NaN; all four are vectors."""
+
+    def generate(context, builder, sig, values):
+        return builder.select(builder.fcmp_ordered(">=", values[0], values[1]), values[2], values[3])
+
+    return x(x, x, x, x), generate
+
+
+@intrinsic
+def bits_at_least(typing, x, y):
+    """A number whose bit n tells whether x >= y in lane n."""
+
+    def generate(context, builder, sig, values):
+        bits = builder.bitcast(builder.fcmp_ordered(">=", *values), ir.IntType(x.lanes))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(x, x), generate
+
+
+@intrinsic
 def _floor(typing, vector):
     def generate(context, builder, sig, values):
         kind = values[0].type

@@ -1,0 +1,385 @@
+"""Dynamic group attention (DGT, section 3.1): queries that are alike share the keys that suit them.
+
+Queries are put into G groups by the nearest of G unit centroids e; each group selects the k keys of the whole map that
+its centroid likes best, and its queries attend to these, wherever they lie.
+
+    id_j = Top-k(e_j, {x_K^i}),  x_K_j = {x_K^i | i in id_j},  x_V_j = {x_V^i | i in id_j}                    DGT-1
+    Y_j = SA(x_Q_j, x_K_j, x_V_j), scattered back to where its queries came from                             DGT-2
+    e'_j = 1 / N_j sum_i Norm(x_Q_j^i)                                                                       DGT-3
+    e_j <- Norm((1 - tau) e_j + tau e'_j)                                                                    DGT-4
+
+In a group: P = x_Q x_K^T (DGT-11), P^ = softmax(P / sqrt(d)) (DGT-12), Y = P^ x_V (DGT-13), and backwards
+
+    dx_Q = dP x_K  (DGT-14)    dx_K^T = x_Q^T dP  (DGT-15)    dP^ = dY x_V^T  (DGT-16)    dx_V = P^^T dY  (DGT-17)
+
+where the printed equations 4, 12, 13 and 17 differ, which `as_printed` computes: notebook 04_dgt has the ledger.
+Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 L G C + k G log L.
+"""
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dynattn import core, tracing
+from dynattn.kernels import grouped as kernel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assign_loops(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"]) -> Int[Tensor, "B h L"]:
+    """The group of every query: argmax_j e_j . q_i; of equals the first."""
+    (B, h, L, d), G = q.shape, centroids.shape[1]
+    groups = []
+    for b in range(B):
+        for m in range(h):
+            for i in range(L):
+                likes = [float(sum(centroids[m, j, c] * q[b, m, i, c] for c in range(d))) for j in range(G)]
+                groups.append(likes.index(max(likes)))
+    return torch.tensor(groups).reshape(B, h, L)
+
+
+def select_loops(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
+    """DGT-1: the n keys that each centroid likes best, in the order of the map; of equals the first."""
+    (B, h, S, d), G = k.shape, centroids.shape[1]
+    selected = []
+    for b in range(B):
+        for m in range(h):
+            for j in range(G):
+                likes = [float(sum(centroids[m, j, c] * k[b, m, i, c] for c in range(d))) for i in range(S)]
+                best = sorted(range(S), key=lambda i: -likes[i])[:n]  # sorting keeps the order of equals
+                selected += sorted(best)
+    return torch.tensor(selected).reshape(B, h, G, n)
+
+
+def grouped_attention_loops(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DGT-2, that is DGT-11 to DGT-13, one query, one key and one channel at a time."""
+    B, h, L, d = q.shape
+    Y = []
+    for b in range(B):
+        for m in range(h):
+            for i in range(L):
+                keys = selected[b, m, groups[b, m, i]].tolist()
+                P = [sum(q[b, m, i, c] * k[b, m, a, c] for c in range(d)) for a in keys]  # DGT-11
+                weights = core.softmax_loops([p * scale for p in P])  # DGT-12
+                Y += [sum(w * v[b, m, a, c] for w, a in zip(weights, keys, strict=True)) for c in range(d)]  # DGT-13
+    return torch.stack(Y).reshape(B, h, L, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+TILE = 32  # queries of one group that are multiplied together
+
+
+def assign_torch(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"]) -> Int[Tensor, "B h L"]:
+    """The group of every query: argmax_j e_j . q_i."""
+    return torch.einsum("bmic,mjc->bmij", q, centroids).argmax(dim=-1)
+
+
+def select_torch(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
+    """DGT-1 by a stable sort, which keeps the order of equals."""
+    likes = torch.einsum("bmic,mjc->bmji", k, centroids)
+    return likes.argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
+
+
+def grouped_attention_torch(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    scale: float,
+) -> Float[Tensor, "B h L d"]:
+    """DGT-2 in tiles: queries sorted by group, each group cut into tiles of 32, each tile with its group's keys."""
+    (B, h, L, d), S, G = q.shape, k.shape[2], selected.shape[2]
+    head = torch.arange(B * h, device=q.device)
+    group = (groups.flatten(0, 1) + head[:, None] * G).flatten()  # among the groups of all heads
+    order = group.argsort(stable=True)
+    size = torch.bincount(group, minlength=B * h * G)
+    tiles = -(-size // TILE)  # of every group
+    rank = torch.arange(B * h * L, device=q.device) - (size.cumsum(0) - size)[group[order]]  # of a query in its group
+    place = (tiles.cumsum(0) - tiles)[group[order]] * TILE + rank
+    of_tile = torch.arange(B * h * G, device=q.device).repeat_interleave(tiles)  # the group of a tile
+
+    tiled = q.new_zeros(len(of_tile) * TILE, d).index_copy(0, place, q.reshape(-1, d)[order])
+    keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
+    k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
+    z = core.dense_attention_torch(rearrange(tiled, "(t T) d -> t T d", T=TILE), k, v, None, scale)
+    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z.flatten(0, 1)[place]).reshape(q.shape)
+
+
+def membership(groups: Int[Tensor, "B h L"], selected: Int[Tensor, "B h G n"], S: int) -> Bool[Tensor, "B h L S"]:
+    """Which keys every query may read: the mask of the dense attention that computes the same."""
+    mask = torch.zeros(*selected.shape[:3], S, dtype=torch.bool, device=selected.device).scatter(3, selected, True)
+    return mask.gather(2, groups[..., None].expand(-1, -1, -1, S))
+
+
+def as_printed_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    scale: float,
+    as_printed: Collection[int],
+) -> Float[Tensor, "B h L d"]:
+    """DGT-11 to DGT-17 with some of the equations 12, 13 and 17 as they are printed, over all keys with a mask.
+
+    12: the scale behind the softmax. 13: P, not P^, weighs the values. 17: P, not P^, carries the slopes to the values.
+    """
+    read = membership(groups, selected, k.shape[2])
+    P = q @ k.mT  # DGT-11
+    weights = (P if 12 in as_printed else P * scale).masked_fill(~read, -torch.inf).softmax(-1)  # DGT-12
+    weights = weights * scale if 12 in as_printed else weights
+    P = P.masked_fill(~read, 0)
+    weights = P if 13 in as_printed else weights
+    Y = weights @ v  # DGT-13
+    if 17 in as_printed:
+        wrong = P.detach() @ (v - v.detach())  # nothing, but for its slope by v
+        Y = weights @ v.detach() + wrong  # DGT-17
+    return Y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The operation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kernel(backend: str) -> Callable:
+    """The operator of a backend as a form."""
+
+    def form(q, k, v, groups, selected, scale):
+        lengths = torch.full(selected.shape[:3], selected.shape[3], dtype=torch.int64, device=q.device)
+        return kernel.OPERATORS[backend](q, k, v, groups, selected, lengths, scale)[0]
+
+    return form
+
+
+ASSIGN = {"loops": assign_loops, "torch": assign_torch, "numba": kernel.ASSIGN}
+SELECT = {"loops": select_loops, "torch": select_torch, "numba": kernel.SELECT}
+FORMS = {"loops": grouped_attention_loops, "torch": grouped_attention_torch, "numba": _kernel("numba")}
+
+
+def check_indices(name: str, indices: Tensor, shape: tuple, below: int) -> None:
+    """Raise TypeError, ValueError unless `indices` is an int64 tensor of that shape with values in [0, below)."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if tuple(indices.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
+    if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= below:
+            raise ValueError(f"{name}: expected values from 0 to {below - 1}, got {low if low < 0 else high}")
+
+
+def grouped_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "B h L d"]:
+    """Every query reads the keys that its group has selected.
+
+    Shapes: q (B, h, L, d); k, v (B, h, S, d); groups (B, h, L), int64 in [0, G); selected (B, h, G, n), int64 in
+    [0, S), distinct within a group. `scale` None is d^-0.5. Returns (B, h, L, d), differentiable in q, k and v.
+    Raises TypeError, ValueError on wrong arguments. Source: DGT section 3.1, equation 2; appendix C.
+    """
+    sizes = core.bind(q=(q, "B h L d"), k=(k, "B h S d"), v=(v, "B h S d"))
+    B, h, L, S = (sizes[name] for name in "BhLS")
+    if not isinstance(selected, Tensor) or selected.ndim != 4 or 0 in selected.shape[2:]:
+        raise ValueError(f"selected: expected shape (B h G n), got {tuple(getattr(selected, 'shape', ()))}")
+    G, n = selected.shape[2:]
+    check_indices("groups", groups, (B, h, L), G)
+    check_indices("selected", selected, (B, h, G, n), S)
+    if not torch.compiler.is_compiling() and bool((selected.sort(dim=-1).values.diff(dim=-1) == 0).any()):
+        raise ValueError("selected: expected distinct keys in every group, got one twice")
+    form = core.implementation("grouped_attention", impl, FORMS, q, pays)
+    return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))
+
+
+def pays(backend: str) -> bool:
+    """The cost gate: always. Of all forms that compute this the kernel was the fastest at every size measured."""
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DynamicGroupAttention(nn.Module):
+    """Dynamic group multi-head attention: (B, H, W, C) to the same, for any H and W.
+
+    dim, heads: C and H.  groups: G.  keys: k, may be changed at any time; min(k, L) are read.  cosine: normalised
+    queries and keys with a learned temperature for each head (DGT-S and B).  position_encoding: a conditional one (CPE,
+    a depthwise 3 x 3) in front, for the places of other blocks (Table 5).  as_printed: numbers of the equations 4, 12,
+    13 and 17 that shall be taken as the paper prints them; see the ledger in notebook 04_dgt.
+
+    Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to
+    their groups' sums; `update_centroids`, once an optimiser step, moves them (DGT-3, DGT-4) and starts the sums anew.
+    Groups without a query keep theirs. Groups and selection have no gradient and are computed in float32 or better.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        groups: int = 48,
+        keys: int = 98,
+        *,
+        cosine: bool = False,
+        position_encoding: bool = False,
+        as_printed: Collection[int] = (),
+    ):
+        super().__init__()
+        d = dim // core.divisor("heads", heads, dim)
+        self.dim, self.heads, self.groups, self.keys = dim, heads, core.positive("groups", groups), keys
+        core.positive("keys", keys)
+        self.as_printed = frozenset(as_printed)
+        if not self.as_printed <= {4, 12, 13, 17}:
+            raise ValueError(f"as_printed: expected some of 4, 12, 13, 17, got {as_printed!r}")
+        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if position_encoding else None
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
+        self.register_buffer("centroids", F.normalize(torch.randn(heads, groups, d), dim=-1))
+        self.register_buffer("sums", torch.zeros(heads, groups, d), persistent=False)
+        self.register_buffer("counts", torch.zeros(heads, groups), persistent=False)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
+        shape = tuple(x.shape[1:3])
+        if self.cpe is not None:
+            x = x + rearrange(self.cpe(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
+        q, k, v = rearrange(self.qkv(x), "B H W (three h d) -> three B h (H W) d", three=3, h=self.heads)
+        scale = q.shape[-1] ** -0.5
+        if self.temperature is not None:  # at most 100, as in Swin V2
+            q = F.normalize(q, dim=-1) * self.temperature.clamp(max=math.log(100)).exp()
+            k, scale = F.normalize(k, dim=-1), 1.0
+        groups, selected = self.group(q, k)
+        if self.as_printed - {4}:
+            z = as_printed_attention(q, k, v, groups, selected, scale, self.as_printed)
+        else:
+            z = core.implementation("grouped_attention", "auto", FORMS, q, pays)(q, k, v, groups, selected, scale)
+        if tracing.recording():
+            tracing.keep(self, DynamicGroupRecord(q, k, v, z, groups, selected, scale, shape, self.as_printed))
+        return self.proj(core.merge_heads(z, shape))
+
+    @torch.no_grad()
+    def group(
+        self, q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h L d"]
+    ) -> tuple[Int[Tensor, "B h L"], Int[Tensor, "B h G n"]]:
+        """Groups of the queries and the keys that each selects (DGT-1)."""
+        precise = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
+            groups = core.implementation("assign", "auto", ASSIGN, q, pays)(q, e)
+            n = min(self.keys, k.shape[2])
+            selected = core.implementation("select", "auto", SELECT, k, pays)(k, e, n)  # DGT-1
+            # A backward pass that computes the forward again (activation checkpointing) must not count it twice.
+            if self.training and torch._C._current_graph_task_id() == -1:
+                self.collect(q, groups)
+        return groups, selected
+
+    def collect(self, q: Float[Tensor, "B h L d"], groups: Int[Tensor, "B h L"]) -> None:
+        """Add normalised queries to the sums of their groups, and their number."""
+        heads = torch.arange(self.heads, device=q.device)[:, None] * self.groups
+        index = (groups + heads).flatten()
+        units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])
+        self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
+        self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
+
+    @torch.no_grad()
+    def update_centroids(self, lr: float = 1e-3) -> None:
+        """Move the centroids towards the mean of the queries collected since the last call (DGT-3, DGT-4).
+
+        lr: the learning rate of this step; tau is a tenth of it. With torch.distributed running, queries of all ranks
+        count. Nothing happens where nothing was collected, as in eval mode.
+        """
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+            torch.distributed.all_reduce(self.counts)
+        tau = 0.1 * lr
+        mean = self.sums / self.counts.clamp(min=1)[..., None]  # DGT-3
+        old, new = (tau, 1 - tau) if 4 in self.as_printed else (1 - tau, tau)
+        moved = F.normalize(old * self.centroids + new * mean, dim=-1)  # DGT-4
+        self.centroids.copy_(torch.where(self.counts[..., None] > 0, moved, self.centroids))
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"
+
+
+def multiply_adds(L: int, C: int, groups: int, keys: int) -> tuple[float, float]:
+    """Omega of dense attention (DGT-5) and of dynamic groups (DGT-6); their ratio is DGT-7."""
+    return 2 * L**2 * C, 2 * keys * L * C + 2 * L * groups * C + keys * groups * math.log2(L)  # DGT-5, DGT-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DynamicGroupRecord(tracing.Record):
+    """One dynamic group layer.
+
+    q, k, v, z (M, L, d); groups (M, L), the group of every query; selected (M, G, n), the keys of every group, cells of
+    the map in ascending order. Exact.
+    """
+
+    kind = "dynamic_group"
+
+    def __init__(self, q, k, v, z, groups, selected, scale, query_shape, as_printed):
+        self.query_shape, self.heads = query_shape, q.shape[1]
+        self.q, self.k, self.v, self.z = q[0], k[0], v[0], z[0]
+        self.groups, self.selected = groups[0], selected[0]
+        self.scale, self.as_printed = scale, as_printed
+
+    def weights(self, head: int = 0) -> Float[Tensor, "L n"]:
+        """Attention of every query to the keys of its group, in the order of `selected`."""
+        A = self.effective_matrix(head)
+        return A.gather(1, self.selected[head][self.groups[head]])
+
+    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
+        self.check_head(head)
+        one = lambda t: t[head][None, None]  # noqa: E731
+        S = self.k.shape[1]
+        everything = torch.eye(S, dtype=self.k.dtype, device=self.k.device)[None, None]
+        arguments = one(self.q), one(self.k), everything, one(self.groups), one(self.selected), self.scale
+        return as_printed_attention(*arguments, self.as_printed)[0, 0]
+
+    def value(self, head: int = 0) -> Float[Tensor, "S d"]:
+        self.check_head(head)
+        return self.v[head]
+
+    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
+        self.check_head(head)
+        return self.z[head]
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """The keys of the group that the query at image pixel (row, col) is in, and its attention to each."""
+        self.check_head(head)
+        query = self.query(row, col)
+        cells = self.selected[head, self.groups[head, query]]
+        return tracing.Keys(self.cells().to(self.q)[cells], self.weights(head)[query])
