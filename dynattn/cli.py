@@ -246,6 +246,7 @@ def add_train(commands) -> None:
     recipe.add_argument("--weight-decay", type=float, metavar="X", help="of matrices and kernels")
     recipe.add_argument("--clip", type=float, metavar="NORM", help="largest norm of a gradient")
     recipe.add_argument("--label-smoothing", type=float, metavar="X", help="probability spread over all classes")
+    recipe.add_argument("--centroid-pace", type=float, metavar="X", help="rate of DGT's centroids over the optimiser's")
     recipe.add_argument("--model-options", type=json_object, metavar="JSON", help="arguments of the model")
 
 

@@ -3,6 +3,14 @@
 from dynattn.core import dense_attention, sample_points
 from dynattn.mechanisms.deformable import deformable_attention
 from dynattn.mechanisms.deformable_detr import detr_attention
+from dynattn.mechanisms.dynamic_group import grouped_attention
 from dynattn.mechanisms.window import window_attention
 
-__all__ = ["deformable_attention", "dense_attention", "detr_attention", "sample_points", "window_attention"]
+__all__ = [
+    "deformable_attention",
+    "dense_attention",
+    "detr_attention",
+    "grouped_attention",
+    "sample_points",
+    "window_attention",
+]

@@ -36,7 +36,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynattn
-from dynattn import bench, core, cost, official, ops, verify, weights
+from dynattn import core, cost, official, ops, verify, weights
+from dynattn.bench import deformable as bench
 from dynattn.data import Shapes
 from dynattn.figures import dat as paper_figures
 from dynattn.figures import style
@@ -588,7 +589,7 @@ def milliseconds(calls: dict, rounds: int = 9) -> dict[str, np.ndarray]:
     return {name: np.array(times) for name, times in took.items()}
 
 
-q, k, v, points, entries = bench.deformable_inputs(POINTS, SIDE, BATCH, HEADS)
+q, k, v, points, entries = bench.inputs_of(POINTS, SIDE, BATCH, HEADS)
 read_bias = partial(deformable.relative_bias, points, entries, (SIDE, SIDE), "centre")
 bias = read_bias()
 took = milliseconds(
@@ -633,7 +634,7 @@ verify.check("deformable_attention", partial(ops.deformable_attention, impl="num
 # form, which they have proved, stands in for them:
 
 # %%
-named = zip(("q", "k", "v", "points", "table"), bench.deformable_inputs(POINTS, SIDE, 1, HEADS), strict=True)
+named = zip(("q", "k", "v", "points", "table"), bench.inputs_of(POINTS, SIDE, 1, HEADS), strict=True)
 large = {name: tensor.double() for name, tensor in named}
 agree(ops.deformable_attention, large | {"query_shape": (SIDE, SIDE)}, forms=("numba",), judge="torch")
 assert SIDE**2 > on_cpu.QUERIES and POINTS > on_cpu.KEYS
@@ -834,9 +835,9 @@ say(
 NAMES = {"torch": ("torch form", style.ORANGE), "numba": ("kernel", style.BLUE)}
 numbers, took = (16, 49, 196, 400), {}
 for points in numbers:
-    inputs = bench.deformable_inputs(points, SIDE, BATCH, HEADS)
+    inputs = bench.inputs_of(points, SIDE, BATCH, HEADS)
     for backward in (False, True):
-        calls = {form: partial(bench.deformable, form, inputs, backward) for form in NAMES}
+        calls = {form: partial(bench.call, form, inputs, backward) for form in NAMES}
         took[points, backward] = milliseconds(calls)
         for out, other in zip(*(call() for call in calls.values()), strict=True):
             assert (out - other).abs().max() < 1e-4 * out.abs().max()  # the same output and gradients, in float32

@@ -132,6 +132,7 @@ def test_a_count_by_hand():
     assert found.params == 3 * 16 * 8 + 8 + 12 + 35
     assert found.macs == 6 * 48 * 8 + 8 * 6 * 5
     assert found.macs_fvcore == found.macs + 5 * 8 * 6
+    assert found.macs_biases == found.macs + 8 * 6 + 8 * 5
 
 
 def test_shapes_without_numbers_count_the_same():
@@ -179,7 +180,7 @@ def test_bad_sizes(size, kind, message, unchecked):
 
 
 def test_unknown_papers():
-    with pytest.raises(ValueError, match="paper: expected one of 'dat', got 'vit'"):
+    with pytest.raises(ValueError, match="paper: expected one of 'dat', 'dgt', got 'vit'"):
         cost.table("vit")
 
 
@@ -194,4 +195,4 @@ def test_the_printed_table(capsys, rows, monkeypatch):
     for number, note in enumerate(dict.fromkeys(notes), 1):
         assert f"[{number}] {note}" in lines
     assert max(map(len, lines)) < 240
-    assert str(cost.Cost(1234, 5e9, 6e9)) == "1,234 parameters, 5.000 G multiply-adds (6.000 G fvcore)"
+    assert str(cost.Cost(1234, 5e9, 6e9, 7e9)) == "1,234 parameters, 5.000 G multiply-adds (6.000 G fvcore)"

@@ -67,7 +67,8 @@ def test_list_models():
     names = dynattn.list_models()
     assert names == sorted(names)
     assert {"dat_tiny", "dat_small", "dat_base", "dat_base_384", "dat_tiny_conv", "dat_mini"} <= set(names)
-    assert {"swin_mini", "vit_mini"} <= set(names)
+    assert {"dgt_tiny", "dgt_small", "dgt_base", "dgt_mini"} <= set(names)
+    assert {"swin_mini", "vit_mini", "cswin_tiny", "swin_tiny_dgt"} <= set(names)
     assert dynattn.list_models("dat_base*") == ["dat_base", "dat_base_384"]
     assert dynattn.list_models("dat_????") == ["dat_base", "dat_mini", "dat_tiny"]
     assert dynattn.list_models("DAT_*") == dynattn.list_models("") == []
@@ -76,10 +77,10 @@ def test_list_models():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dat_tiney", "no model 'dat_tiney'; did you mean 'dat_tiny' or 'dat_tiny_conv'"),
+        ("dat_tiney", "no model 'dat_tiney'; did you mean 'dat_tiny' or 'dgt_tiny' or 'dat_tiny_conv'"),
         ("DAT-T", "no model 'DAT-T'; did you mean 'dat_tiny'"),
         ("swin", "no model 'swin'; did you mean 'swin_mini'"),
-        ("resnet50", "no model 'resnet50'; there are dat_base, dat_base_384, "),
+        ("resnet50", "no model 'resnet50'; there are cswin_tiny, dat_base, dat_base_384, "),
         ("", "no model ''; there are "),
     ],
 )

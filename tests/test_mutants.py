@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dynattn import core, ops, verify
-from dynattn.mechanisms import deformable, deformable_detr, window
+from dynattn.mechanisms import deformable, deformable_detr, dynamic_group, window
 from dynattn.verify.mistakes import MISTAKES
 
 CORRECT = {
@@ -19,6 +19,7 @@ CORRECT = {
     "window_attention": window.window_attention_torch,
     "deformable_attention": deformable.deformable_attention_torch,
     "detr_attention": deformable_detr.detr_attention_torch,
+    "grouped_attention": dynamic_group.grouped_attention_torch,
 }
 pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
 ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
@@ -39,7 +40,7 @@ def test_mistake_is_caught_and_named(operation, name):
     with pytest.raises(verify.Mismatch) as caught:
         verify.check(operation, MISTAKES[operation][name], shrink=False)
     assert caught.value.mistakes == [name]
-    assert caught.value.where.startswith("gradient of ") == name.startswith("gradient cut")
+    assert caught.value.where.startswith("gradient of ") == name.startswith("gradient")
     assert name in str(caught.value)
 
 
@@ -253,6 +254,8 @@ def test_a_function_that_fails_elsewhere_is_still_diagnosed():
         ("window_attention", "bias missing", {"B": 1, "h": 1, "d": 1, "shift": (0, 0), "table": True, "scale": None}),
         ("deformable_attention", "bias missing", {"B": 1, "g": 1, "h": 1, "d": 1, "N": 2, "query_grid": "centre"}),
         ("detr_attention", "only the first point is read", {"B": 1, "h": 1, "d": 1, "L": 1, "K": 2}),
+        ("grouped_attention", "only the first key is read", {"B": 1, "h": 1, "L": 1, "d": 1, "G": 1, "S": 2, "n": 2}),
+        ("grouped_attention", "order of the queries not restored", {"B": 1, "h": 1, "L": 2, "d": 1, "G": 2, "n": 1}),
     ],
 )
 def test_the_case_is_as_simple_as_the_mistake_allows(operation, name, sizes):
@@ -338,6 +341,23 @@ def test_sizes_of_the_matrix_are_drawn():
     assert any(c["H"] != c["W"] for c in drawn) and any(c["H"] % c["wi"] and c["H"] > c["wi"] for c in drawn)
     assert {1, 5} <= {c["H"] for c in drawn} and {c["h"] for c in drawn} == {c["B"] for c in drawn} == {1, 2}
     assert any(c["H"] == c["W"] == 1 for c in drawn) and {c["numbers"] for c in drawn} == {"round", "any"}
+
+
+def test_groups_of_the_matrix_are_drawn():
+    """Uneven, empty, of one query, one with all keys; keys in any order, also such that several groups selected."""
+    drawn = [verify.case("grouped_attention", seed) for seed in range(20)]
+    sizes = [torch.bincount(c.arguments["groups"][0, 0], minlength=c.choices["G"]) for c in drawn]
+    assert any((size == 0).any() for size in sizes) and any((size == 1).any() and size.max() > 2 for size in sizes)
+    assert any(c.choices["G"] == 1 and c.choices["n"] == c.choices["S"] > 1 for c in drawn)
+    selections = [c.arguments["selected"] for c in drawn]
+    assert all(s.dtype == c.arguments["groups"].dtype == torch.int64 for s, c in zip(selections, drawn, strict=True))
+    assert all((s.sort().values.diff() > 0).all() for s in selections) and any((s.diff() < 0).any() for s in selections)
+    assert any(s[0, 0].unique().numel() < s[0, 0].numel() for s in selections)
+    call = verify.case("grouped_attention", 2, L=2, S=9, G=3, n=9, grouping="in turn", layout="transposed")
+    assert call.arguments["groups"].tolist()[0][0] == [2, 1] and call.arguments["selected"].shape[2:] == (3, 9)
+    assert not call.arguments["selected"].is_contiguous() and call.line.startswith('verify.case("grouped_attention", 2')
+    with pytest.raises(ValueError, match="n: expected at most S = 3, got 4"):
+        verify.case("grouped_attention", 2, S=3, n=4)
 
 
 def test_a_case_by_its_choices():

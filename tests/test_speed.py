@@ -31,18 +31,18 @@ def test_import_is_as_fast_as_torch_s():
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("points", [49, 196, 784])
 def test_deformable_attention_beats_dense_attention_with_a_mask(points, backward):
-    assert measured(f"speed_up({points}, {backward}, rounds=2)") >= (1.3 if backward else 1.5) * 0.8
+    assert measured(f"deformable.speed_up({points}, {backward}, rounds=2)") >= (1.3 if backward else 1.5) * 0.8
 
 
 @pytest.mark.speed
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read where Linux has it")
 def test_the_bias_of_deformable_attention_never_exists():
-    assert measured("memory(196)") <= 0.2 / 0.8
+    assert measured("deformable.memory(196)") <= 0.2 / 0.8
 
 
 @pytest.mark.speed
 def test_kernels_beat_the_loops():
-    assert measured("over_loops(rounds=1)") >= 200 * 0.8
+    assert measured("deformable.over_loops(rounds=1)") >= 200 * 0.8
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""DAT where timm's models are used: its registry, feature extraction, torchvision's detectors, decoders."""
+"""Our models where timm's are used: its registry, feature extraction, torchvision's detectors, decoders."""
 
 from collections import OrderedDict
 
@@ -9,6 +9,7 @@ from torch import nn
 
 import dynattn
 from dynattn.models.dat import DAT
+from dynattn.models.dgt import DGT
 
 OURS = ["dat_base", "dat_base_384", "dat_mini", "dat_small", "dat_tiny", "dat_tiny_conv"]
 
@@ -22,15 +23,24 @@ def test_the_registry_has_them():
     assert timm.list_models("dat_*") == OURS
     assert all(map(timm.is_model, OURS)) and not timm.is_model("swin_mini")
     assert timm.list_models("dat_*", pretrained=True) == []
+    assert timm.list_models("dgt_*") == ["dgt_base", "dgt_mini", "dgt_small", "dgt_tiny"]
+    assert not timm.is_model("cswin_tiny") and not timm.is_model("swin_tiny_dgt")
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "classes"), [("dat_tiny", 224, 1000), ("dat_base_384", 384, 1000), ("dat_mini", 128, 10)]
+    ("name", "kind", "side", "classes"),
+    [
+        ("dat_tiny", DAT, 224, 1000),
+        ("dat_base_384", DAT, 384, 1000),
+        ("dat_mini", DAT, 128, 10),
+        ("dgt_base", DGT, 224, 1000),
+        ("dgt_mini", DGT, 128, 10),
+    ],
 )
-def test_create_model(name, side, classes):
+def test_create_model(name, kind, side, classes):
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert type(model) is DAT and model.num_classes == classes and model.img_size == (side, side)
+    assert type(model) is kind and model.num_classes == classes and model.img_size == (side, side)
     assert model.default_cfg["input_size"] == (3, side, side) and model.default_cfg["num_classes"] == classes
     transform = timm.data.resolve_model_data_config(model)
     assert transform["mean"] == dynattn.data.MEAN and transform["interpolation"] == "bicubic"
@@ -75,8 +85,9 @@ def test_features_only(out_indices, channels, reductions):
     assert [tuple(m.shape) for m in maps] == expected
 
 
-def test_features_of_a_model_with_three_stages():
-    model = timm.create_model("dat_mini", features_only=True)
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_features_of_a_model_with_three_stages(name):
+    model = timm.create_model(name, features_only=True)
     assert model.feature_info.channels() == [32, 64, 128] and len(model(torch.randn(1, 3, 32, 32))) == 3
 
 
@@ -119,9 +130,10 @@ def test_a_decoder_of_segmentation_models_trains_on_it():
     assert all(p.grad is not None for name, p in model.encoder.named_parameters() if "stages." in name)
 
 
-def test_features_carry_no_unused_parameters():
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_features_carry_no_unused_parameters(name):
     """`features_only` removes what its maps do not need: every parameter left gets a gradient."""
-    model = timm.create_model("dat_mini", features_only=True, out_indices=(0, 1))
+    model = timm.create_model(name, features_only=True, out_indices=(0, 1))
     maps = model(torch.randn(2, 3, 64, 64))
     sum(one.square().mean() for one in maps).backward()
     assert [one.shape[1] for one in maps] == [32, 64]

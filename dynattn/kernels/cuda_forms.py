@@ -1,7 +1,7 @@
 """DGT's four group-wise matrix products as appendix C of the paper writes them, in numba.cuda: to be read beside it.
 
-L queries are in G groups, N_i of them in group i, and group i has selected k of S keys: the rows X_Ki of X_K and X_Vi of
-X_V. All groups at once compute (i: the rows of group i; ': sorted by group; "^": after the softmax)
+L queries are in G groups, N_i of them in group i, and group i selected k of S keys: the rows X_Ki of X_K, X_Vi of X_V.
+All groups at once compute (i: the rows of group i; ': sorted by group; "^": after the softmax)
 
     form  computes                                                a tile is     and reads
     1     P_i       = X_Qi X_Ki^T                     (DGT-11)    T x T of      T rows of X_Q', T selected rows of X_K
@@ -18,7 +18,7 @@ an entry. What the tile reads comes into shared memory T x T numbers at a time, 
 
 Forms 1 and 2: sorting the queries puts a group into neighbouring rows. A tile may still span several groups, which need
 different keys: they are solved in order, rows of other groups being zero in shared memory, and skipped when written.
-Neither X_Ki nor X_Vi exists in memory: each tile picks its rows out of X_K. With T = 4, rows 4 to 7 of P', columns 0 to 3:
+X_Ki does not exist in memory: each tile picks its rows out of X_K. With T = 4, rows 4 to 7 of P', columns 0 to 3:
 
       queries 4, 5 chose group 1, 6 and 7 group 2;    selected[1] = 9 2 30 17 ..,    selected[2] = 2 5 8 30 ..
 
@@ -53,7 +53,9 @@ float32 only. Runs on a CUDA device, or anywhere, slowly, in numba's simulator: 
 is imported. Nothing imports this file, and with it numba.cuda, before it is used.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +86,8 @@ def form_1(A, B, group, starts, selected, out):
     L, C, k = A.shape[1], A.shape[2], selected.shape[2]
     first_l, first_n = cuda.blockIdx.y * T, cuda.blockIdx.x * T
     l, n = first_l + y, first_n + x
-    for i in range(group[z, first_l], group[z, min(first_l + T, L) - 1] + 1):  # "different groups in order"
+    last_l = first_l + T - 1 if first_l + T <= L else L - 1
+    for i in range(group[z, first_l], group[z, last_l] + 1):  # "different groups in order"
         if starts[z, i] == starts[z, i + 1]:
             continue  # no query chose it
         related = starts[z, i] <= l < starts[z, i + 1]
@@ -110,7 +113,8 @@ def form_2(A, B, group, starts, selected, out):
     L, C, k = A.shape[1], B.shape[2], selected.shape[2]
     first_l = cuda.blockIdx.y * T
     l, c = first_l + y, cuda.blockIdx.x * T + x
-    for i in range(group[z, first_l], group[z, min(first_l + T, L) - 1] + 1):
+    last_l = first_l + T - 1 if first_l + T <= L else L - 1
+    for i in range(group[z, first_l], group[z, last_l] + 1):
         if starts[z, i] == starts[z, i + 1]:
             continue
         related = starts[z, i] <= l < starts[z, i + 1]
@@ -219,12 +223,24 @@ def tiles(size: int) -> int:
     return -(-size // T)
 
 
+@contextmanager
+def threads_that_take_turns_fast() -> Iterator[None]:
+    """The simulator asks its threads in a loop whether all are at the barrier, and Python lets it ask for 5 ms."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def launch(kernel: Callable, grid: tuple[int, int, int], *arguments) -> None:
-    """kernel(*arguments) by a grid of blocks of T x T threads. Tensors are contiguous and share their memory with it."""
+    """kernel(*arguments) by a grid of blocks of T x T threads, on the memory of tensors, which must be contiguous."""
     if max(grid[1:]) > MOST_BLOCKS:
         raise ValueError(f"q: expected at most {MOST_BLOCKS} heads, groups and tiles of queries, got a grid of {grid}")
     if SIMULATED:
-        kernel[grid, (T, T)](*(a.numpy() if isinstance(a, Tensor) else a for a in arguments))
+        with threads_that_take_turns_fast():
+            kernel[grid, (T, T)](*(a.numpy() if isinstance(a, Tensor) else a for a in arguments))
         return
     device = arguments[0].device
     stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
@@ -248,7 +264,9 @@ def rows_times_values(A: Tensor, B: Tensor, sorting: Sorting, selected: Tensor) 
     return out
 
 
-def columns_to_keys(form: Callable, A: Tensor, B: Tensor, S: int, sorting: Sorting, selected: Tensor, atomic: bool):
+def columns_to_keys(
+    form: Callable, A: Tensor, B: Tensor, S: int, sorting: Sorting, selected: Tensor, atomic: bool
+) -> Tensor:
     """Forms 3 and 4: (Z, S, C), what no group selected being zero."""
     (Z, G, k), C = selected.shape, (A if form is form_3 else B).shape[2]
     out = A.new_zeros(Z, S, C)
@@ -295,7 +313,7 @@ def available() -> tuple[bool, str]:
     return True, torch.cuda.get_device_name()
 
 
-class GroupedAttention(torch.autograd.Function):
+class _GroupedAttention(torch.autograd.Function):
     """The four forms as one differentiable operation of torch, of tensors (Z, ..)."""
 
     @staticmethod
@@ -323,7 +341,7 @@ def grouped_attention(q, k, v, groups, selected, scale: float | None = None):
     Raises RuntimeError where the forms cannot run, TypeError and ValueError for what does not fit. DGT appendix C.
     """
     arguments = prepared(q, k, v, groups, selected)
-    return as_given(GroupedAttention.apply(*arguments, scale_of(q, scale)), q)
+    return as_given(_GroupedAttention.apply(*arguments, scale_of(q, scale)), q)
 
 
 def gradients(grad, q, k, v, groups, selected, scale: float | None = None, *, atomic: bool = True) -> tuple:
@@ -361,7 +379,7 @@ def flattened(arrays: dict) -> list[Tensor]:
     for name, x in arrays.items():
         if not isinstance(x, np.ndarray | Tensor):
             raise TypeError(f"{name}: expected a numpy array or a tensor, got {type(x).__name__}")
-        tensor = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x)).to(place)
+        tensor = x if isinstance(x, Tensor) else torch.tensor(x, device=place)
         if tensor.device.type != place:
             raise ValueError(f"{name}: expected a tensor on {place}, got one on {tensor.device}")
         if name not in ("groups", "selected"):

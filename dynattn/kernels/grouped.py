@@ -49,6 +49,15 @@ def select(k: Tensor, centroids: Tensor, n: int) -> Tensor:
     return k.new_empty(*k.shape[:2], centroids.shape[1], n, dtype=torch.int64)
 
 
+def distinct(selected: Tensor, below: int) -> bool:
+    """Whether no group has selected a key twice, of values in [0, below)."""
+    if frame.unavailable("numba", selected.device) is None:
+        from dynattn.kernels.grouped_numba import distinct_rows
+
+        return bool(distinct_rows(selected.flatten(0, -2).contiguous().numpy(), below))
+    return not bool((selected.sort(dim=-1).values.diff(dim=-1) == 0).any())
+
+
 ASSIGN = frame.function("assign", assign, file="selection_numba")
 SELECT = frame.function("select", select, file="selection_numba")
 OPERATORS = frame.operators("grouped_attention", forward, backward, flops, file="grouped")

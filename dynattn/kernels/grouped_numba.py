@@ -30,6 +30,18 @@ def sort_by_group(groups, order, first):
 
 
 @njit(**OPTIONS)
+def distinct_rows(indices, below):
+    """Whether no row of (rows, n) holds a number of range(below) twice."""
+    seen = np.full(below, -1)
+    for row in range(indices.shape[0]):
+        for a in range(indices.shape[1]):
+            if seen[indices[row, a]] == row:
+                return False
+            seen[indices[row, a]] = row
+    return True
+
+
+@njit(**OPTIONS)
 def gather(source, b, m, rows, begin, end, factor, target):
     """target[t] = source[b, m, rows[begin + t]] * factor."""
     for t in range(end - begin):
@@ -135,10 +147,20 @@ def backward_heads(begin, end, grad, offsets, kept, q, k, v, groups, selected, l
                     dv[b, m, s, c] += value_slopes[a, c]
 
 
+def check(name: str, indices: Tensor, least: int, most: int) -> None:
+    """Raise ValueError before memory is read that is not ours."""
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < least or high > most:
+        raise ValueError(f"{name}: expected values from {least} to {most}, got {low if low < least else high}")
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor, lengths: Tensor, scale: float
 ) -> list[Tensor]:
     """out (B, h, L, d), and for the backward (B, h, L, 2): the largest logit of each softmax, and its sum."""
+    check("groups", groups, 0, selected.shape[2] - 1)
+    check("selected", selected, 0, k.shape[2] - 1)
+    check("lengths", lengths, 1, selected.shape[3])
     dtype, (B, h) = working_dtype(q), q.shape[:2]
     out, kept = torch.empty(q.shape, dtype=dtype), torch.empty(*q.shape[:-1], 2, dtype=dtype)
     indices = (t.contiguous().numpy() for t in (groups, selected, lengths))

@@ -73,7 +73,7 @@ def nth_largest(likes, n, j, low, high):
     open_lanes = True
     while open_lanes:
         for lane in range(lanes):
-            middle = low[j + lane] + (high[j + lane] - low[j + lane]) * 0.5
+            middle = low[j + lane] * 0.5 + high[j + lane] * 0.5  # their difference may be too large for a number
             middles[lane] = middle if middle > low[j + lane] else high[j + lane]
         middle, count, above, below = load(middles, 0), none, top, bottom
         for i in range(S):

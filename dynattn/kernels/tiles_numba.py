@@ -70,7 +70,7 @@ def add_block(scores, block, count, values, top, bottom, decay, summed, first):
 
 @njit(**OPTIONS)
 def slopes_of_logits(weights, slopes, block, count, top, share, offset):
-    """Logits S to weights P = exp(S - top) share, and slopes dP by the weights to those by the logits, P (dP - offset)."""
+    """Logits S to weights P = exp(S - top) share, slopes dP by the weights to slopes P (dP - offset) by the logits."""
     lanes = REGISTER_BYTES // weights.itemsize
     for t in range(0, count, lanes):
         largest, by, shift = load(top, t), load(share, t), load(offset, t)

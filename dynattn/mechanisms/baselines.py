@@ -9,7 +9,7 @@ ones; a depthwise convolution of the values is added, which tells where they lie
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -47,8 +47,9 @@ class SpatialReductionAttention(nn.Module):
 class SpatialReductionRecord(tracing.Record):
     """One layer: q, z (M, H W, d); k, v (M, N, d) of the reduced map.
 
-    Never exact: the values pass a convolution over r x r cells and, in PVT, a LayerNorm. The effective matrix lets every key
-    stand for the mean of its cells; as `value` there is nothing better than the reduced token itself, repeated.
+    Never exact: the values pass a convolution over r x r cells and, in PVT, a LayerNorm. The effective matrix lets
+    every key stand for the mean of its cells; as `value` there is nothing better than the reduced token itself,
+    repeated.
     """
 
     kind = "baselines"
@@ -102,7 +103,8 @@ def stripe_attention(
     bias = None
     if any(padding):  # nobody reads what was added
         added = cut(q.new_ones(q.shape[0], *shape, 1)) == 0  # (n, T, 1)
-        bias = torch.zeros_like(added, dtype=q.dtype).masked_fill(added, -torch.inf)[:, None].mT  # (n, 1, 1, T)
+        hidden = torch.zeros_like(added, dtype=q.dtype).masked_fill(added, -torch.inf)
+        bias = repeat(hidden, "n T 1 -> n 1 l T", l=hidden.shape[1])
     q, k, v = (rearrange(cut(t), "n T (h d) -> n h T d", h=heads) for t in (q, k, v))
     z = core.dense_attention_torch(q, k, v, bias, q.shape[-1] ** -0.5)
     padded = (shape[0] + padding[0], shape[1] + padding[1])
@@ -112,9 +114,9 @@ def stripe_attention(
 class CrossShapedWindowAttention(nn.Module):
     """CSWin's attention: (B, H, W, C) to the same, for any H and W. `stripe` is sw, the width of the stripes.
 
-    The first half of the heads reads horizontal stripes (sw, W), the second vertical ones (H, sw), and a depthwise 3 x 3
-    convolution of the values is added to both (LePE). A map no larger than one stripe is read as a whole. Where sw does
-    not divide the side, the last stripe is narrower. Source: arXiv 2107.00652, section 3.2.
+    The first half of the heads reads horizontal stripes (sw, W), the second vertical ones (H, sw), and a depthwise
+    3 x 3 convolution of the values is added to both (LePE). A map no larger than one stripe is read as a whole. Where
+    sw does not divide the side, the last stripe is narrower. Source: arXiv 2107.00652, section 3.2.
     """
 
     def __init__(self, dim: int, heads: int, stripe: int):

@@ -6,7 +6,7 @@ The operation itself is `core.dense_attention`; here are the module, its record,
 recorded.
 """
 
-from math import isqrt
+from math import isqrt, log
 
 import torch
 import torch.nn.functional as F
@@ -20,24 +20,23 @@ from dynattn import core, tracing
 class DenseAttention(nn.Module):
     """Multi-head attention of every token to every token: (B, H, W, C) to the same, for any H and W.
 
-    cosine: logits are cosines of queries and keys over a temperature, one learned number a head, at least 0.01 and 0.1
-    at the start (Swin Transformer V2, arXiv 2111.09883, section 3.3). Source: DGT section 3.3, its last stage (GSA).
+    cosine: logits are cosines of queries and keys, times a factor that each head learns, as its logarithm: 10 at the
+    start, at most 100 (Swin Transformer V2, arXiv 2111.09883, section 3.3). Source: DGT section 3.3, stage 4 (GSA).
     """
 
     def __init__(self, dim: int, heads: int, *, cosine: bool = False):
         super().__init__()
         self.dim, self.heads = dim, core.divisor("heads", heads, dim)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.temperature = nn.Parameter(torch.full((heads,), 0.1)) if cosine else None
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), log(10))) if cosine else None
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))
         shape, scale = tuple(x.shape[1:3]), None
         q, k, v = rearrange(self.qkv(x), "B H W (three h d) -> three B h (H W) d", three=3, h=self.heads)  # DAT-1
         if self.temperature is not None:
-            tau = self.temperature.clamp(min=0.01)[:, None, None]
-            q, k = (F.normalize(q, dim=-1) / tau).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
-            scale = 1.0
+            q = F.normalize(q, dim=-1) * self.temperature.clamp(max=log(100)).exp()
+            q, k, scale = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), 1.0  # under autocast, v has less precision
         z = core.dense_attention(q, k, v, scale=scale)  # DAT-2
         if tracing.recording():
             tracing.keep(self, DenseRecord(q[0], k[0], v[0], z[0], shape, scale=scale))

@@ -46,14 +46,14 @@ def assign_loops(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"])
 
 
 def select_loops(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
-    """DGT-1: the n keys that each centroid likes best, in the order of the map; of equals the first."""
+    """DGT-1: the n keys that each centroid likes best, in the order of the map; of equals the first, NaN last."""
     (B, h, S, d), G = k.shape, centroids.shape[1]
     selected = []
     for b in range(B):
         for m in range(h):
             for j in range(G):
                 likes = [float(sum(centroids[m, j, c] * k[b, m, i, c] for c in range(d))) for i in range(S)]
-                best = sorted(range(S), key=lambda i: -likes[i])[:n]  # sorting keeps the order of equals
+                best = sorted(range(S), key=lambda i: (math.isnan(likes[i]), -likes[i]))[:n]  # equals stay in order
                 selected += sorted(best)
     return torch.tensor(selected).reshape(B, h, G, n)
 
@@ -92,8 +92,9 @@ def assign_torch(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"])
 
 
 def select_torch(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
-    """DGT-1 by a stable sort, which keeps the order of equals."""
+    """DGT-1 by a stable sort, which keeps the order of equals; NaN last."""
     likes = torch.einsum("bmic,mjc->bmji", k, centroids)
+    likes = likes.where(~likes.isnan(), -torch.inf)
     return likes.argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
 
 
@@ -132,12 +133,12 @@ def membership(groups: Int[Tensor, "B h L"], selected: Int[Tensor, "B h G n"], S
 def as_printed_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h S d"],
-    v: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S c"],
     groups: Int[Tensor, "B h L"],
     selected: Int[Tensor, "B h G n"],
     scale: float,
     as_printed: Collection[int],
-) -> Float[Tensor, "B h L d"]:
+) -> Float[Tensor, "B h L c"]:
     """DGT-11 to DGT-17 with some of the equations 12, 13 and 17 as they are printed, over all keys with a mask.
 
     12: the scale behind the softmax. 13: P, not P^, weighs the values. 17: P, not P^, carries the slopes to the values.
@@ -210,7 +211,7 @@ def grouped_attention(
     G, n = selected.shape[2:]
     check_indices("groups", groups, (B, h, L), G)
     check_indices("selected", selected, (B, h, G, n), S)
-    if not torch.compiler.is_compiling() and bool((selected.sort(dim=-1).values.diff(dim=-1) == 0).any()):
+    if not torch.compiler.is_compiling() and not kernel.distinct(selected, S):
         raise ValueError("selected: expected distinct keys in every group, got one twice")
     form = core.implementation("grouped_attention", impl, FORMS, q, pays)
     return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))
@@ -236,7 +237,8 @@ class DynamicGroupAttention(nn.Module):
 
     Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to
     their groups' sums; `update_centroids`, once an optimiser step, moves them (DGT-3, DGT-4) and starts the sums anew.
-    Groups without a query keep theirs. Groups and selection have no gradient and are computed in float32 or better.
+    Groups without a query keep theirs, and so do groups with a query that is NaN. Groups and selection have no gradient
+    and are computed in float32 or better.
     """
 
     def __init__(
@@ -261,8 +263,9 @@ class DynamicGroupAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
         self.register_buffer("centroids", F.normalize(torch.randn(heads, groups, d), dim=-1))
-        self.register_buffer("sums", torch.zeros(heads, groups, d), persistent=False)
-        self.register_buffer("counts", torch.zeros(heads, groups), persistent=False)
+        # Of the queries since the last update. No buffers: those DistributedDataParallel would replace by rank 0's.
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))
@@ -301,10 +304,13 @@ class DynamicGroupAttention(nn.Module):
 
     def collect(self, q: Float[Tensor, "B h L d"], groups: Int[Tensor, "B h L"]) -> None:
         """Add normalised queries to the sums of their groups, and their number."""
+        if self.sums is None:
+            self.sums = torch.zeros_like(self.centroids, dtype=q.dtype)
+            self.counts = self.sums.new_zeros(self.sums.shape[:2])
         heads = torch.arange(self.heads, device=q.device)[:, None] * self.groups
         index = (groups + heads).flatten()
         units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])
-        self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
+        self.sums.view(-1, q.shape[-1]).index_add_(0, index, units)
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
 
     @torch.no_grad()
@@ -316,6 +322,8 @@ class DynamicGroupAttention(nn.Module):
         """
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
+        if self.sums is None:
+            return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
@@ -323,9 +331,9 @@ class DynamicGroupAttention(nn.Module):
         mean = self.sums / self.counts.clamp(min=1)[..., None]  # DGT-3
         old, new = (tau, 1 - tau) if 4 in self.as_printed else (1 - tau, tau)
         moved = F.normalize(old * self.centroids + new * mean, dim=-1)  # DGT-4
-        self.centroids.copy_(torch.where(self.counts[..., None] > 0, moved, self.centroids))
-        self.sums.zero_()
-        self.counts.zero_()
+        sound = (self.counts > 0) & mean.isfinite().all(dim=-1)  # one batch with a NaN must not stay for ever
+        self.centroids.copy_(torch.where(sound[..., None], moved, self.centroids))
+        self.sums = self.counts = None
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"

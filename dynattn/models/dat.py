@@ -114,9 +114,7 @@ class DAT(Backbone):
         core.one_of("shift", reading["shift"], ("up", "down"))
         core.one_of("reference", reading["reference"], ("centre", "corner"))
         core.one_of("offset_unit", reading["offset_unit"], ("half_cell", "cell"))
-        count = check_stages(
-            depths, dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"]
-        )
+        count = check_stages(depths, dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"])
         ranges = [offset_range] * count if isinstance(offset_range, int | float) else offset_range
         check_stages(depths, offset_range=ranges)
         if blocks is None:

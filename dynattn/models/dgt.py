@@ -76,7 +76,7 @@ class ConditionalPosition(nn.Module):
 
 
 class IRFFN(nn.Module):
-    """The inverted residual feed-forward network of CMT: wider, a depthwise 3 x 3 beside an identity, narrower again."""
+    """CMT's inverted residual feed-forward network: wider, a depthwise 3 x 3 beside an identity, narrower again."""
 
     def __init__(self, dim: int, ratio: int = 4):
         super().__init__()
@@ -123,8 +123,8 @@ class GroupedModel(nn.Module):
         """The layers that group, in order."""
         return [module for module in self.modules() if isinstance(module, DynamicGroupAttention)]
 
-    def update_centroids(self, lr: float | None = None) -> None:
-        """Move every layer's centroids to the queries seen since the last call: once a step, after the optimiser's."""
+    def update_centroids(self, lr: float = 1e-3) -> None:
+        """Move every layer's centroids to the queries seen since the last call: after each step of an optimiser."""
         for layer in self.grouped_layers():
             layer.update_centroids(lr)
 
@@ -235,7 +235,7 @@ class DGT(GroupedModel, Backbone):
 
 
 def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
-    """A number for each of `count` stages, from one for all or from one each; raises TypeError, ValueError otherwise."""
+    """A number for each of `count` stages, from one for all or one each; raises TypeError, ValueError otherwise."""
     values = [value] * count if isinstance(value, int) else value
     if not isinstance(values, Sequence) or len(values) < count:
         raise ValueError(f"{name}: expected a number, or {count}, one for each stage that groups, got {value!r}")
@@ -245,12 +245,8 @@ def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[in
 
 
 TINY = dict()
-SMALL = dict(
-    dims=(96, 192, 384, 768), heads=(3, 6, 12, 24), post_norm=True, cosine=True, drop_path_rate=0.4
-)
-BASE = dict(
-    dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32), post_norm=True, cosine=True, drop_path_rate=0.5
-)
+SMALL = dict(dims=(96, 192, 384, 768), heads=(3, 6, 12, 24), post_norm=True, cosine=True, drop_path_rate=0.4)
+BASE = dict(dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32), post_norm=True, cosine=True, drop_path_rate=0.5)
 MINI = dict(
     img_size=128,
     num_classes=10,

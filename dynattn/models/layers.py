@@ -108,7 +108,7 @@ def check_rate(name: str, rate: object) -> None:
 
 
 def check_stages(depths: object, **by_stage: object) -> int:
-    """The number of stages; raises TypeError, ValueError unless all have blocks, and each of `by_stage` a value each."""
+    """The number of stages; raises TypeError, ValueError unless all have blocks, and a value in each of `by_stage`."""
     if not isinstance(depths, Sequence) or not depths:
         raise TypeError(f"depths: expected the number of blocks of every stage, got {depths!r}")
     for depth in depths:

@@ -23,6 +23,7 @@ class Recipe:
     weight_decay: float = 0.05  # of matrices and kernels; biases, norms and position tables have none
     clip: float = 2.0
     label_smoothing: float = 0.05
+    centroid_pace: float = 1.0  # of DGT's groups: the learning rate that their centroids move by, over the optimiser's
 
     def __post_init__(self):
         for name in ("size", "train_count", "test_count", "steps", "batch"):
@@ -43,6 +44,8 @@ RECIPES = {
     "dat_mini": Recipe("dat_mini"),
     "swin_mini": Recipe("swin_mini"),
     "vit_mini": Recipe("vit_mini"),
+    # the paper's tau, a tenth of the learning rate, lets 19 time constants pass in its 300 epochs: here too
+    "dgt_mini": Recipe("dgt_mini", centroid_pace=400.0),
     # the sweep of the offset range s (DAT, figure 4) in small: the same recipe, one model for each s
     **{
         f"dat_sweep_s{s}": Recipe("dat_mini", SWEEP | {"offset_range": float(s)}, size=64, steps=400)

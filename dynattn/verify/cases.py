@@ -118,12 +118,27 @@ def _detr_attention(draw: Draw) -> Call:
     return {"v": v, "points": points, "weights": weights.softmax(dim=-1)}, {}
 
 
+def _grouped_attention(draw: Draw) -> Call:
+    B, h, d, L, S, G = draw.sizes(B=2, h=2, d=3, L=7, S=5, G=4)
+    n, scale = draw.one("n", *range(1, S + 1)), draw.scale()
+    if n > S:
+        raise ValueError(f"n: expected at most S = {S}, got {n}")
+    arguments = {"q": draw.normal(B, h, L, d), "k": draw.normal(B, h, S, d), "v": draw.normal(B, h, S, d)}
+    in_turn = (-1 - torch.arange(L)).expand(B, h, L) % G
+    at_random = torch.randint(G, (B, h, L), generator=draw.generator)  # uneven: some empty, some of one query
+    grouping = draw.one("grouping", "in turn", "at random", "at random", "at random")
+    groups = at_random if grouping == "at random" else in_turn.contiguous()
+    selected = torch.rand(B, h, G, S, generator=draw.generator).argsort()[..., :n]  # in any order
+    return arguments | {"groups": groups, "selected": selected}, scale
+
+
 OPERATIONS: dict[str, tuple[Callable, Callable[[Draw], Call]]] = {
     "sample_points": (ops.sample_points, _sample_points),
     "dense_attention": (ops.dense_attention, _dense_attention),
     "window_attention": (ops.window_attention, _window_attention),
     "deformable_attention": (ops.deformable_attention, _deformable_attention),
     "detr_attention": (ops.detr_attention, _detr_attention),
+    "grouped_attention": (ops.grouped_attention, _grouped_attention),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,

@@ -11,6 +11,7 @@ WORDS = {
     "g": "group",
     "L": "query",
     "N": "key",
+    "S": "source token",
     "K": "point",
     "C": "channel",
     "d": "channel",

@@ -201,8 +201,8 @@ class Student:
         """The answer of the student's function to a case."""
         request = {"operation": call.operation, "seed": call.seed, "choices": call.choices}
         _, answer = self.ask(f"\nin the case of {call}\nagain: {call.line}", answer=request)
-        floating = [name for name, value in (call.arguments | call.options).items() if isinstance(value, Tensor)]
-        names = {"output", *(f"gradient of {name}" for name in floating)}
+        tensors = {name: t for name, t in (call.arguments | call.options).items() if isinstance(t, Tensor)}
+        names = {"output", *(f"gradient of {name}" for name, t in tensors.items() if t.is_floating_point())}
         if set(answer) != names or any(tensor.dtype not in verify.TOLERANCE for tensor in answer.values()):
             raise self.stopped("sent something else than an answer")
         return answer

@@ -1,0 +1,92 @@
+"""Speed, as ratios: of two things that are timed in turn within one run, so that a slow machine slows down both.
+
+model     a multiply-add of dat_tiny beside one of timm's Swin-T: forward, 8 images of 224 x 224, two threads
+import    `import dynattn` beside `import torch`, each in a new process
+figures   `dynattn figures`, in seconds
+ops       the kernels beside the torch forms and the loops: time, and memory
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from dynattn.bench import deformable, grouped
+from dynattn.bench.timing import Benchmark, in_turn, threads
+
+ROOT = Path(__file__).parents[2]
+
+
+def model(rounds: int = 7) -> float:
+    """Time for a multiply-add of dat_tiny over that of timm's swin_tiny_patch4_window7_224."""
+    import timm
+
+    from dynattn import cost, create_model
+
+    images = torch.randn(8, 3, 224, 224)
+    models = [create_model("dat_tiny").eval(), timm.create_model("swin_tiny_patch4_window7_224").eval()]
+
+    def forward(model: torch.nn.Module) -> float:
+        start = perf_counter()
+        model(images)
+        return perf_counter() - start
+
+    with threads(2), torch.inference_mode():
+        for one in models:  # the first call allocates
+            forward(one)
+        ours, theirs = in_turn(lambda: forward(models[0]), lambda: forward(models[1]), rounds)
+    return (ours / cost.count(models[0], 224).macs) / (theirs / cost.count(models[1], 224).macs)
+
+
+def imports(rounds: int = 5) -> float:
+    """Time of `import dynattn` over that of `import torch`."""
+
+    def fresh(name: str) -> Callable[[], float]:
+        program = f"from time import perf_counter; t = perf_counter(); import {name}; print(perf_counter() - t)"
+        run = [sys.executable, "-c", program]
+        return lambda: float(subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+    ours, theirs = in_turn(fresh("dynattn"), fresh("torch"), rounds)
+    return ours / theirs
+
+
+def figures() -> float:
+    """Seconds that `dynattn figures` takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = perf_counter()
+        run = [sys.executable, "-m", "dynattn", "figures", "--out", folder]
+        subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+BENCHMARKS = {
+    "model": Benchmark("multiply-add of dat_tiny / of timm's Swin-T", model, 1.25),
+    "import": Benchmark("import dynattn / import torch", imports, 1.3),
+    "figures": Benchmark("dynattn figures", figures, 180, "s"),
+}
+GROUPS = {"ops": lambda: deformable.rows() | grouped.rows()}
+
+
+def main(names: list[str]) -> None:
+    """Measure what is named, or model and import, and print a table. Raises ValueError for an unknown name."""
+    known = [*BENCHMARKS, *GROUPS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"names: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    print(f"{'':12} {'':45} {'measured':>10} {'wanted':>19}")
+    for name in names or ["model", "import"]:
+        rows = GROUPS[name]() if name in GROUPS else {name: BENCHMARKS[name]}
+        for row, benchmark in rows.items():
+            value = benchmark.measure()
+            verdict = "" if benchmark.holds(value) else "   missed"
+            bound = f"{'at least' if benchmark.least else 'at most'} {benchmark.bound:>8.2f} {benchmark.unit}"
+            print(f"{row:12} {benchmark.what:45} {value:>8.2f} {benchmark.unit} {bound:>19}{verdict}", flush=True)

@@ -1,0 +1,145 @@
+"""The kernel of grouped attention at the sizes of DGT-T, beside what else one could do, on one thread.
+
+dense     torch's scaled_dot_product_attention over all keys, which is another function, and what groups shall spare
+masked    the same with a mask of what each query may read: computes the same
+tiles     the torch form: groups in tiles of queries
+padded    groups padded to the largest, and batched products
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynattn.bench.timing import Benchmark, in_turn, threads, timed
+
+STAGES = {1: (3136, 2), 2: (784, 4), 3: (196, 8)}  # L, heads; 48 groups of 98 keys, 32 channels of a head, 8 images
+
+
+def inputs_of(L: int, heads: int, k: int = 98, batch: int = 8, groups: int = 48, d: int = 32) -> list[Tensor]:
+    """q, k, v, groups of uneven sizes (lognormal), and the keys that they select at random."""
+    torch.manual_seed(0)
+    share = torch.randn(batch * heads, groups).exp()
+    of_query = torch.multinomial(share, L, replacement=True).reshape(batch, heads, L)
+    selected = torch.rand(batch, heads, groups, L).argsort(-1)[..., :k].contiguous()
+    return [*(torch.randn(batch, heads, L, d) for _ in range(3)), of_query, selected]
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor) -> Tensor:
+    """Dense attention with a mask of what each query may read."""
+    from dynattn.mechanisms.dynamic_group import membership
+
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=membership(groups, selected, k.shape[2]))
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor) -> Tensor:
+    """Every group padded to the largest: two batched products."""
+    (B, h, L, d), G = q.shape, selected.shape[2]
+    group = (groups.flatten(0, 1) + G * torch.arange(B * h)[:, None]).flatten()
+    order = group.argsort(stable=True)
+    size = torch.bincount(group, minlength=B * h * G)
+    place = group[order] * int(size.max()) + torch.arange(B * h * L) - (size.cumsum(0) - size)[group[order]]
+    rows = q.new_zeros(B * h * G * int(size.max()), d).index_copy(0, place, q.reshape(-1, d)[order])
+    keys = (selected.flatten(0, 1) + L * torch.arange(B * h)[:, None, None]).flatten(0, 1)
+    k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]
+    z = (rows.unflatten(0, (B * h * G, -1)) @ k.mT * d**-0.5).softmax(-1) @ v
+    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z.flatten(0, 1)[place]).reshape(q.shape)
+
+
+def form(name: str) -> Callable[..., Tensor]:
+    """One way of computing."""
+    from dynattn.mechanisms.dynamic_group import grouped_attention
+
+    others = {"dense": lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v), "masked": masked, "padded": padded}
+    return others.get(name) or partial(grouped_attention, impl={"tiles": "torch"}.get(name, name))
+
+
+def run(name: str, inputs: list[Tensor], backward: bool) -> None:
+    """One call, with the gradients of q, k and v if wanted."""
+    q, k, v = (x.detach().requires_grad_(backward) for x in inputs[:3])
+    with torch.set_grad_enabled(backward):
+        out = form(name)(q, k, v, *inputs[3:])
+        if backward:
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+
+def speed_up(other: str, L: int, heads: int, backward: bool = False, rounds: int = 3, **sizes: int) -> float:
+    """Time of another way over that of the kernel, one thread."""
+    inputs = inputs_of(L, heads, **sizes)
+    with threads(1):
+        ours, theirs = in_turn(*(timed(partial(run, name, inputs, backward)) for name in ("numba", other)), rounds)
+    return theirs / ours
+
+
+def whole(L: int, heads: int, rounds: int = 3) -> float:
+    """Dense attention over assignment, selection and attention together, one thread."""
+    from dynattn.kernels import grouped as kernel
+
+    inputs = inputs_of(L, heads)
+    q, k, v = inputs[:3]
+    centroids = F.normalize(torch.randn(heads, 48, q.shape[-1]), dim=-1)
+    with threads(1):
+        selected = kernel.SELECT(k, centroids, 98)
+        groups = kernel.ASSIGN(q, centroids)
+
+        def ours() -> None:
+            kernel.ASSIGN(q, centroids), kernel.SELECT(k, centroids, 98)
+            run("numba", [q, k, v, groups, selected], False)
+
+        one, other = in_turn(timed(ours), timed(partial(run, "dense", inputs, False)), rounds)
+    return other / one
+
+
+def over_loops() -> float:
+    """Time of the loops over that of the kernel: 48 queries, 2 heads of 16 channels, 6 groups of 8 keys."""
+    inputs = inputs_of(48, 2, k=8, batch=1, groups=6, d=16)
+    with threads(1):
+        kernel, loops = (timed(partial(run, name, inputs, False)) for name in ("numba", "loops"))
+        ours, theirs = in_turn(lambda: min(kernel() for _ in range(20)), loops, 2)
+    return theirs / ours
+
+
+def slope(rounds: int = 2) -> float:
+    """How the kernel's time grows with L at fixed k: the slope of log time against log L from 784 to 50,176."""
+    sides = (784, 3136, 12544, 50176)
+    with threads(1):
+        calls = [timed(partial(run, "numba", inputs_of(L, 2, batch=1), False)) for L in sides]
+        times = [min(call() for _ in range(rounds)) for call in calls]
+    x, y = torch.tensor(sides).log(), torch.tensor(times).log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def two_threads(rounds: int = 5) -> float:
+    """Time of one thread over that of two, first stage."""
+    inputs = inputs_of(*STAGES[1])
+
+    def with_threads(count: int) -> None:
+        with threads(count):
+            run("numba", inputs, False)
+
+    one, two = in_turn(timed(partial(with_threads, 1)), timed(partial(with_threads, 2)), rounds)
+    return one / two
+
+
+def rows() -> dict[str, Benchmark]:
+    """The kernel at the stages of DGT-T and at high resolution."""
+    found = {}
+    for stage, dense, both in ((1, 15, 15), (2, 2.7, 3)):
+        at = partial(partial, speed_up, L=STAGES[stage][0], heads=STAGES[stage][1])
+        name = f"grouped attention, stage {stage}: "
+        found[f"dense {stage}"] = Benchmark(f"{name}dense / numba", at("dense"), dense, least=True)
+        found[f"both {stage}"] = Benchmark("  with the backward", at("dense", backward=True), both, least=True)
+        found[f"padded {stage}"] = Benchmark("  padded groups / numba", at("padded"), 20, least=True)
+        found[f"masked {stage}"] = Benchmark("  masked / numba", at("masked"), 1, least=True)
+    L, heads = STAGES[3]
+    best = lambda: min(speed_up(name, L, heads) for name in ("masked", "tiles", "padded"))  # noqa: E731
+    found["best 3"] = Benchmark("  stage 3: best other way / numba", best, 1 / 1.15, least=True)
+    high = partial(speed_up, "dense", 16384, 2, rounds=1, k=512, batch=1)
+    found["high"] = Benchmark("  L = 16384, k = 512: dense / numba", high, 35, least=True)
+    found["whole 1"] = Benchmark("  with groups and selection, stage 1", partial(whole, *STAGES[1]), 8, least=True)
+    found["loops g"] = Benchmark("  small: loops / numba", over_loops, 200, least=True)
+    found["slope"] = Benchmark("  slope of log time over log L", slope, 1.15, unit=" ")
+    found["threads"] = Benchmark("  one thread / two", two_threads, 1.8, least=True)
+    return found
