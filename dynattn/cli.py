@@ -255,11 +255,12 @@ def add_bench(commands) -> None:
     sub = add_command(
         commands,
         bench,
-        "measure speed, as ratios within one process",
-        "A ratio to a known model or import, measured side by side, means the same on every machine.",
-        "  dynattn bench",
+        "measure speed, mostly as ratios to something known",
+        "A ratio of two things that are timed in turn, on the same machine, means the same on every machine.",
+        "  dynattn bench\n  dynattn bench ops",
     )
-    sub.add_argument("names", nargs="*", default=[], metavar="NAME", help="what to measure (default: everything)")
+    names = "model, import, figures (in seconds), ops (the kernels); default: model import"
+    sub.add_argument("names", nargs="*", default=[], metavar="NAME", help=names)
 
 
 def add_check(commands) -> None:

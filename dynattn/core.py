@@ -18,6 +18,8 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +75,9 @@ def one_of(name: str, value: object, allowed: tuple) -> None:
 
 def positive(name: str, value: object) -> int:
     """`value` as an int; raises unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    value = index(value)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
@@ -82,7 +85,7 @@ def positive(name: str, value: object) -> int:
 
 def divisor(name: str, value: object, whole: int) -> int:
     """`value` as an int; raises unless it is a whole number of at least 1 that divides `whole`."""
-    if whole % positive(name, value):
+    if whole % (value := positive(name, value)):
         raise ValueError(f"{name}: expected a divisor of {whole}, got {value}")
     return value
 
@@ -100,9 +103,14 @@ def scale_or_default(scale: float | None, d: int) -> float:
     """`scale`, or the 1 / sqrt(d) of scaled dot products (DAT-2)."""
     if scale is None:
         return d**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite float or None, got {scale!r}")
     return float(scale)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken, as by torch.func.jvp."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def implementation(
@@ -118,11 +126,14 @@ def implementation(
     one_of("impl", impl, ("auto", "loops", "torch", "numba", "triton"))
     if impl == "auto":
         kernel = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
-        can = kernel in forms and pays is not None and frame.unavailable(kernel, like.device) is None
+        can = kernel in forms and pays is not None and not forward_mode() and not frame.unavailable(kernel, like.device)
         return forms[kernel if can and pays(kernel) else "torch"]
     if impl not in forms:
         raise ValueError(f"impl: {operation} has no {impl!r} kernel here, only {', '.join(map(repr, forms))} or 'auto'")
-    if impl in frame.BACKENDS and (why := frame.unavailable(impl, like.device)):
+    why = frame.unavailable(impl, like.device) if impl in frame.BACKENDS else None
+    if impl in frame.BACKENDS and forward_mode():
+        why = why or "kernels have no forward-mode derivatives"
+    if why:
         raise ValueError(f"impl: {impl!r} cannot run {operation} here: {why}; use 'auto' or 'torch'")
     return forms[impl]
 

@@ -59,6 +59,9 @@ def verdicts(tmp_path_factory) -> dict[str | None, student.Verdict]:
         class detr_attention:
             pass
 
+        def grouped_attention(q, k, v, groups, selected):
+            return q
+
         def dense_attention(q, k, v, *, bias=None, scale=None):
             print("passed", file=sys.stdout, flush=True)
             open("notes.txt", "a").write("here")
@@ -288,8 +291,8 @@ def test_a_file_without_operations(tmp_path, capsys):
         (["--operation", "attention"], "operation: expected one of 'sample_points', "),
         (["--cases", "0"], "cases: expected at least 1, got 0"),
         (["--memory", "0"], "memory: expected at least 1, got 0"),
-        (["--timeout", "0"], "timeout: expected seconds above 0, got 0"),
-        (["--timeout", "nan"], "timeout: expected seconds above 0, got nan"),
+        (["--timeout", "0"], "timeout: expected a finite number of seconds above 0, got 0"),
+        (["--timeout", "nan"], "timeout: expected a finite number of seconds above 0, got nan"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, told):

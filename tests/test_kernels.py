@@ -175,6 +175,14 @@ def test_what_is_no_number_stays_none(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_outside_is_not_multiplied_by_zero(backend):
+    """A point that reads nothing reads no infinity either."""
+    x, points = normal(1, 1, 3, 3), torch.full((1, 1, 2), 3.0, dtype=DOUBLE)
+    x[0, 0, 0, 0] = torch.inf
+    assert on_device(partial(ops.sample_points, impl=backend), backend)(x, points).item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_and_minus_infinity(backend):
     """No overflow; a key that the table forbids has no weight, also when its whole block is forbidden."""
     q, k, v, points, table, shape = deformable_case(B=1, h=1, g=1, shape=(2, 3), N=80, table=(3, 5))
@@ -233,8 +241,17 @@ def test_second_derivatives_are_refused():
     arguments = operator_arguments("sample_points")
     out = ops.sample_points(*arguments, impl="numba")
     (slope,) = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="sample_points_numba: .* first derivatives only; impl='torch' has all"):
+    with pytest.raises(RuntimeError, match="sample_points_numba: .* first derivatives only; impl='torch'"):
         torch.autograd.grad(slope.square().sum(), arguments[0])
+
+
+def test_forward_mode_is_refused_and_auto_does_without():
+    """A tangent would be lost in a kernel without a word."""
+    x, points = normal(1, 2, 3, 4), somewhere(1, 5)
+    tangent = lambda impl: torch.func.jvp(lambda x: ops.sample_points(x, points, impl=impl), (x,), (x,))[1]  # noqa: E731
+    assert torch.allclose(tangent("auto"), ops.sample_points(x, points))
+    with pytest.raises(ValueError, match="'numba' cannot run sample_points here: kernels have no forward-mode"):
+        tangent("numba")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -349,7 +366,7 @@ def test_stale_code_is_forgotten(tmp_path, monkeypatch):
     for name, age in (("simd.py", 5), ("__pycache__/old.nbi", 9), ("__pycache__/new.nbi", 1)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    simd.forget_stale_code()
+    simd.forget_stale_code(tmp_path / "__pycache__")
     assert [path.name for path in tmp_path.glob("__pycache__/*")] == ["new.nbi"]
 
 

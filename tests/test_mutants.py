@@ -462,3 +462,31 @@ def test_checking_leaves_the_cases_alone():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------------ it cannot be misled
+
+
+def test_a_function_that_changes_its_arguments_is_told():
+    """The right answer would otherwise be that to the changed arguments, now and in later checks."""
+
+    def zero(q, k, v, *, bias=None, scale=None):
+        q.data.zero_()
+        return core.dense_attention(q, k, v, bias=bias, scale=scale)
+
+    with pytest.raises(ValueError, match="function: expected to leave its arguments as they are, got another q"):
+        verify.check("dense_attention", zero, seed=7000)
+    verify.check("dense_attention", ops.dense_attention, seed=7000)
+
+
+def test_gradients_are_compared_without_gradients_around():
+    """Within no_grad a wrong gradient is found, and what is remembered of the loops is right."""
+
+    def cut(q, k, v, *, bias=None, scale=None):
+        return core.dense_attention(q, k.detach(), v, bias=bias, scale=scale)
+
+    with torch.no_grad():
+        verify.check("dense_attention", ops.dense_attention, seed=8000)
+        with pytest.raises(verify.Mismatch, match="gradient of k"):
+            verify.check("dense_attention", cut, seed=8000)
+    verify.check("dense_attention", ops.dense_attention, seed=8000)

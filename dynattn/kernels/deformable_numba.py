@@ -29,7 +29,7 @@ from dynattn.kernels.simd import (
     store,
     total,
 )
-from dynattn.kernels.tiles_numba import KEYS, LOG2E, QUERIES, ROOM, add_block, copy, slopes_of_logits
+from dynattn.kernels.tiles_numba import KEYS, LOG2E, LOWEST, QUERIES, ROOM, add_block, copy, slopes_of_logits
 
 NOWHERE = -9  # the cell of what is not read
 MARGIN = 2  # zeros around a table: one cell where the border fades, one for rounding
@@ -44,7 +44,7 @@ def padded_tables(table: Tensor | None, heads: int, dtype: torch.dtype) -> np.nd
     if table is None:
         return np.zeros((heads, 0, 0), torch.zeros((), dtype=dtype).numpy().dtype)
     margin = (MARGIN, MARGIN + LANES, MARGIN, MARGIN)
-    return torch.nn.functional.pad(table.detach().to(dtype) * LOG2E, margin).numpy()
+    return torch.nn.functional.pad((table.detach().to(dtype) * LOG2E).clamp(min=LOWEST), margin).numpy()
 
 
 @njit(**OPTIONS)

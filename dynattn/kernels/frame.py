@@ -7,8 +7,8 @@ and a file for each backend (`deformable_numba.py`, `deformable_triton.py`) with
     backward(grad_out, out, *kept, *inputs) -> one gradient for each input that is a floating tensor, in order
 
 `operators` makes of them `torch.ops.dynattn.NAME_numba` and `NAME_triton`, which autograd, torch.compile, the FLOP
-counter and opcheck know. A backend is imported at its first call. Gradients of gradients do not exist: `impl="torch"`
-has them.
+counter and opcheck know. A backend is imported at its first call. There are no gradients of gradients and no forward
+mode: `impl="torch"` has them, within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
 """
 
 import os
@@ -91,7 +91,7 @@ def _operator(name: str, forward: Callable, backward: Callable, flops: Callable,
         return tuple(next(found) if learns(x) else None for x in saved[-arity:])
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{name}: a kernel has first derivatives only; impl='torch' has all")
+        raise RuntimeError(f"{name}: a kernel has first derivatives only; impl='torch' with sdpa_kernel(MATH) has all")
 
     torch.library.register_autograd(f"dynattn::{name}", gradients, setup_context=keep)
     torch.library.register_autograd(f"dynattn::{name}_backward", refuse)
@@ -116,6 +116,15 @@ def as_arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
     return [(tensor if tensor.stride(-1) == 1 else tensor.contiguous()).numpy() for tensor in tensors]
 
 
+def for_any_strides(kernel: Callable, *arguments) -> Callable:
+    """A numba function compiled once for arrays of these dtypes, whatever their strides."""
+    from numba import typeof, types
+
+    kinds = tuple(k.copy(layout="A") if isinstance(k := typeof(a), types.Array) else k for a in arguments)
+    kernel.compile(kinds)
+    return kernel.overloads[kinds].entry_point
+
+
 @cache
 def _workers(process: int, count: int) -> ThreadPoolExecutor:
     """Threads of one process; a forked child gets its own."""
@@ -128,6 +137,7 @@ def in_parallel(kernel: Callable, count: int, *arguments) -> None:
     The kernel must release the GIL and write for each item what no other item writes: then the answer does not depend
     on the number of threads.
     """
+    kernel = for_any_strides(kernel, 0, count, *arguments)
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
         return kernel(0, count, *arguments)

@@ -45,6 +45,9 @@ def forward_items(begin, end, x, points, out):
         find_cells(points[b], H, W, cells, weights, edges)
         for c in range(block * CHANNELS, min(C, (block + 1) * CHANNELS)):
             for n in range(N):
+                if weights[n, 0] + weights[n, 1] == 0 or weights[n, 2] + weights[n, 3] == 0:  # nothing, not 0 x cell 0
+                    out[b, c, n] = 0
+                    continue
                 top, bottom, left, right = cells[n, 0], cells[n, 1], cells[n, 2], cells[n, 3]
                 above = weights[n, 2] * x[b, c, top, left] + weights[n, 3] * x[b, c, top, right]
                 below = weights[n, 2] * x[b, c, bottom, left] + weights[n, 3] * x[b, c, bottom, right]
@@ -62,6 +65,8 @@ def backward_items(begin, end, grad, x, points, dx, dplaces):
         find_cells(points[b], H, W, cells, weights, edges)
         for c in range(block * CHANNELS, min(C, (block + 1) * CHANNELS)):
             for n in range(N):
+                if edges[n, 0] + edges[n, 1] == 0 or edges[n, 2] + edges[n, 3] == 0:
+                    continue
                 top, bottom, left, right = cells[n, 0], cells[n, 1], cells[n, 2], cells[n, 3]
                 slope = grad[b, c, n]
                 dx[b, c, top, left] += slope * weights[n, 0] * weights[n, 2]

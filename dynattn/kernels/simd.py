@@ -20,21 +20,31 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 
-def forget_stale_code() -> None:
-    """Remove what numba has cached of kernels when any of their files is newer: it looks at the caller's file only."""
+def forget_stale_code(cache: str | Path) -> None:
+    """Remove what numba keeps of kernels when any of their files is newer: it looks at the caller's file only."""
     folder = Path(__file__).parent
     newest = max(path.stat().st_mtime for path in folder.glob("*.py"))
-    for index in folder.glob("__pycache__/*.nbi"):
+    for index in Path(cache).glob("*.nbi"):
         if index.stat().st_mtime < newest:
             index.unlink(missing_ok=True)
 
 
-with suppress(OSError):  # a folder that cannot be written to has no cache either
-    forget_stale_code()
+def cache_folder() -> str | None:
+    """Where numba keeps the compiled code of this folder; None where it finds no place: then each process compiles."""
+    try:
+        return njit(cache=True)(lambda: None)._cache.cache_path
+    except RuntimeError:
+        return None
+
+
+CACHE = cache_folder()
+if CACHE:
+    with suppress(OSError):  # another process may be at it
+        forget_stale_code(CACHE)
 
 REGISTER_BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
 LANES = REGISTER_BYTES // 4  # float32 numbers in a register; float64 has half as many, so the same lengths fit
-OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}}  # a * b + c may become one step; no other change
+OPTIONS = {"nogil": True, "cache": bool(CACHE), "fastmath": {"contract"}}  # a * b + c may become one step
 
 
 @njit(**OPTIONS)

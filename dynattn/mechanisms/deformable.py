@@ -147,7 +147,8 @@ def deformable_attention(
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
     pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
     form = core.implementation("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
-    return form(q, k, v, points, table, (H, W), query_grid, core.scale_or_default(scale, sizes["d"]))
+    scale = core.scale_or_default(scale, sizes["d"])
+    return form(q, k, v, points, table, (H, W), query_grid, scale).to(q.dtype)  # under autocast forms differ
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,9 @@ def grouped_attention_torch(
     tiled = q.new_zeros(len(of_tile) * TILE, d).index_copy(0, place, q.reshape(-1, d)[order])
     keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
     k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
-    z = core.dense_attention_torch(rearrange(tiled, "(t T) d -> t T d", T=TILE), k, v, None, scale)
-    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z.flatten(0, 1)[place]).reshape(q.shape)
+    tiled = rearrange(tiled, "(t T) d -> t 1 T d", T=TILE)
+    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale).reshape(-1, d)
+    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z[place]).reshape(q.shape)
 
 
 def membership(groups: Int[Tensor, "B h L"], selected: Int[Tensor, "B h G n"], S: int) -> Bool[Tensor, "B h L S"]:
@@ -278,6 +279,7 @@ class DynamicGroupAttention(nn.Module):
             q = F.normalize(q, dim=-1) * self.temperature.clamp(max=math.log(100)).exp()
             k, scale = F.normalize(k, dim=-1), 1.0
         groups, selected = self.group(q, k)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # cosines are float32 under autocast
         if self.as_printed - {4}:
             z = as_printed_attention(q, k, v, groups, selected, scale, self.as_printed)
         else:

@@ -43,6 +43,8 @@ def operations() -> list[str]:
     return list(OPERATIONS)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def answer(function: Callable, arguments: Mapping[str, object], options: Mapping[str, object]) -> Answer:
     """What a function puts out, and the gradient of every floating tensor it was given.
 
@@ -50,7 +52,13 @@ def answer(function: Callable, arguments: Mapping[str, object], options: Mapping
     random numbers; zeros where none arrives. Raises TypeError when the output is no floating tensor.
     """
     given = {name: _leaf(value) for name, value in {**arguments, **options}.items()}
+    before = {name: value.detach().clone() for name, value in given.items() if isinstance(value, Tensor)}
     output = function(*(given[name] for name in arguments), **{name: given[name] for name in options})
+    for name, value in before.items():
+        if not torch.allclose(given[name].detach(), value, rtol=0, atol=0, equal_nan=True):
+            with torch.no_grad():
+                given[name].detach().copy_(value)
+            raise ValueError(f"function: expected to leave its arguments as they are, got another {name} afterwards")
     if not isinstance(output, Tensor) or output.dtype not in TOLERANCE:
         what = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"function: expected to return a floating tensor, got {what}")

@@ -7,6 +7,7 @@ right answer. The two talk through a socket in frames of JSON and safetensors, w
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from types import ModuleType
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import Tensor, contiguous_format, set_num_threads
+from torch import Tensor, contiguous_format, float32, float64, set_num_threads
 
 from dynattn import core, verify
 from dynattn.verify.cases import OPERATIONS, Case, case
@@ -82,8 +83,8 @@ def examine(
         core.one_of("operation", operation, tuple(OPERATIONS))
     core.positive("cases", cases)
     core.positive("memory", memory)
-    if not timeout > 0:
-        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout: expected a finite number of seconds above 0, got {timeout}")
     if os.name != "posix":
         raise OSError("a file is checked under limits that Linux and macOS have; use verify.check in a notebook")
     _check_syntax(file)
@@ -205,6 +206,8 @@ class Student:
         names = {"output", *(f"gradient of {name}" for name, t in tensors.items() if t.is_floating_point())}
         if set(answer) != names or any(tensor.dtype not in verify.TOLERANCE for tensor in answer.values()):
             raise self.stopped("sent something else than an answer")
+        if (dtype := answer["output"].dtype) not in (float64, float32):  # their tolerance would hide mistakes
+            raise StudentError(f"TypeError: expected an output of float64, as the inputs are, or float32, got {dtype}")
         return answer
 
     def ask(self, when: str, **request: object) -> tuple[dict, dict[str, Tensor]]:

@@ -29,6 +29,12 @@ FOLDER = Path(__file__).parent
 COLOURS = 255  # of the picture in a saved notebook, a third as large as with all
 
 
+class Choice(Anything):
+    """A choice that is checked, whatever it is: `Any` lets None pass."""
+
+    allow_none = False
+
+
 class ChoiceError(TraitError, ValueError):
     """A pixel, layer or head that is not there: a ValueError for users, a TraitError for traitlets to roll back."""
 
@@ -51,8 +57,8 @@ class Lens(anywidget.AnyWidget):
     _css = FOLDER / "lens.css"
     row = CFloat().tag(sync=True)
     col = CFloat().tag(sync=True)
-    layer = Anything().tag(sync=True)
-    head = Anything().tag(sync=True)
+    layer = Choice().tag(sync=True)
+    head = Choice().tag(sync=True)
     fade = CFloat().tag(sync=True)
     scene = List().tag(sync=True)
     shown = List().tag(sync=True)
