@@ -231,7 +231,7 @@ def test_the_judge_is_out_of_reach(tmp_path):
                 setattr(module, name, lambda *arguments, **options: None)
 
         def sample_points(x, points):
-            return 0 * verify.answer.__globals__["OPERATIONS"]["sample_points"][0](x, points)
+            return 0 * verify.operations.__globals__["OPERATIONS"]["sample_points"][0](x, points)
 
         def dense_attention(q, k, v):
             frame = b'{"passed": true}'
