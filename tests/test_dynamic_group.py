@@ -308,7 +308,7 @@ def test_second_derivatives():
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(form("torch"), q.requires_grad_())
     (slope,) = torch.autograd.grad(form("numba")(q).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="grouped_attention_numba: .* impl='torch' has all"):
+    with pytest.raises(RuntimeError, match="grouped_attention_numba: a kernel has first derivatives only"):
         slope.sum().backward()
 
 

@@ -214,13 +214,8 @@ def grouped_attention(
     check_indices("selected", selected, (B, h, G, n), S)
     if not torch.compiler.is_compiling() and not kernel.distinct(selected, S):
         raise ValueError("selected: expected distinct keys in every group, got one twice")
-    form = core.implementation("grouped_attention", impl, FORMS, q, pays)
+    form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
     return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))
-
-
-def pays(backend: str) -> bool:
-    """The cost gate: always. Of all forms that compute this the kernel was the fastest at every size measured."""
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +278,9 @@ class DynamicGroupAttention(nn.Module):
         if self.as_printed - {4}:
             z = as_printed_attention(q, k, v, groups, selected, scale, self.as_printed)
         else:
-            z = core.implementation("grouped_attention", "auto", FORMS, q, pays)(q, k, v, groups, selected, scale)
+            z = core.implementation("grouped_attention", "auto", FORMS, q, kernel.pays)(
+                q, k, v, groups, selected, scale
+            )
         if tracing.recording():
             tracing.keep(self, DynamicGroupRecord(q, k, v, z, groups, selected, scale, shape, self.as_printed))
         return self.proj(core.merge_heads(z, shape))
@@ -296,23 +293,28 @@ class DynamicGroupAttention(nn.Module):
         precise = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
-            groups = core.implementation("assign", "auto", ASSIGN, q, pays)(q, e)
+            groups = core.implementation("assign", "auto", ASSIGN, q, kernel.pays)(q, e)
             n = min(self.keys, k.shape[2])
-            selected = core.implementation("select", "auto", SELECT, k, pays)(k, e, n)  # DGT-1
+            selected = core.implementation("select", "auto", SELECT, k, kernel.pays)(k, e, n)  # DGT-1
             # A backward pass that computes the forward again (activation checkpointing) must not count it twice.
             if self.training and torch._C._current_graph_task_id() == -1:
                 self.collect(q, groups)
         return groups, selected
 
+    def start_sums(self) -> None:
+        """Zero sums, in float32 or better, unless there are some."""
+        if self.sums is None:
+            precise = torch.promote_types(self.centroids.dtype, torch.float32)
+            self.sums = torch.zeros_like(self.centroids, dtype=precise)
+            self.counts = self.sums.new_zeros(self.sums.shape[:2])
+
     def collect(self, q: Float[Tensor, "B h L d"], groups: Int[Tensor, "B h L"]) -> None:
         """Add normalised queries to the sums of their groups, and their number."""
-        if self.sums is None:
-            self.sums = torch.zeros_like(self.centroids, dtype=q.dtype)
-            self.counts = self.sums.new_zeros(self.sums.shape[:2])
+        self.start_sums()
         heads = torch.arange(self.heads, device=q.device)[:, None] * self.groups
         index = (groups + heads).flatten()
         units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])
-        self.sums.view(-1, q.shape[-1]).index_add_(0, index, units)
+        self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
 
     @torch.no_grad()
@@ -324,9 +326,11 @@ class DynamicGroupAttention(nn.Module):
         """
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
-        if self.sums is None:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.sums is None and not several:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        self.start_sums()  # a rank without a batch still takes part
+        if several:
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
         tau = 0.1 * lr
