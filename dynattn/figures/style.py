@@ -227,7 +227,9 @@ def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_ze
         text = f"{number:.1f}" if value.max() > 1 else f"{number:.2f}"
         ax.annotate(text, (i, number), (9, 9), textcoords="offset points", fontsize=SMALL + 1, color=INK)
     low, high = (value - error).min(), (value + error).max()
-    ax.set_ylim(0 if from_zero else low - 0.25 * (high - low), high + 0.35 * (high - (0 if from_zero else low)))
+    bottom = 0 if from_zero else low
+    height = (high - bottom) or 1  # all the same
+    ax.set_ylim(0 if from_zero else low - 0.25 * height, high + 0.35 * height)
     ax.set_ylabel(name, fontsize=LABEL - 1, color=INK)
     ax.set_xticks(x, [""] * len(x))
 
