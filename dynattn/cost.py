@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dynattn import core
+from dynattn import core, tracing
 from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
 from dynattn.models.registry import create_model
 
@@ -54,14 +54,9 @@ def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     }
     parameter = next(model.parameters())
     image = torch.zeros(1, getattr(model, "in_chans", 3), H, W, device=parameter.device, dtype=parameter.dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), _noting(model) as noted, FlopCounterMode(display=False, custom_mapping=extra) as counter:
-            model(image)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    counting = FlopCounterMode(display=False, custom_mapping=extra)
+    with tracing.evaluating(model), torch.no_grad(), _noting(model) as noted, counting as counter:
+        model(image)
     counts = counter.get_flop_counts().get("Global", {})
     everything = sum(counts.values()) / 2 + noted.grouped
     macs = everything - sum(counts.get(operation, 0) for operation in extra) / 2

@@ -259,7 +259,7 @@ def _hooks(model: nn.Module, keeper: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back in its own afterwards: a frozen layer of a training model stays frozen."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -296,6 +296,6 @@ def trace(model: nn.Module, image: object) -> Trace:
             _place(record, name, tuple(x.shape[-2:]), strides)
             records[name] = record
 
-    with _evaluating(model), _hooks(model, keeper):
+    with evaluating(model), _hooks(model, keeper):
         logits = model(x)
     return Trace(x[0].float().cpu(), logits[0], records)

@@ -310,8 +310,8 @@ def exp2(x):
 def _block(typing, a, b, c, i, j, rows, vectors, add):
     """c[i : i + rows, j : j + n] = a[i : i + rows] @ b[:, j : j + n], n as many numbers as `vectors` registers hold.
 
-    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants; with the
-    constant `add` the sums start from c.
+    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants. With
+    `add` the sums start from c.
     """
     kind, rows_of, vectors_of = Vector(a.dtype), range(rows.literal_value), range(vectors.literal_value)
 
@@ -340,7 +340,7 @@ def _block(typing, a, b, c, i, j, rows, vectors, add):
         block = [[step(c_at, (r, c_i), (v, word(width))) for v in along_j] for r in rows_i]
         a_rows = [step(a_at, (r, a_i)) for r in rows_i]
         zero = _constant(context, kind, [0] * kind.lanes)
-        start = lambda pointer: read(pointer, vector) if add.literal_value else zero  # noqa: E731
+        start = lambda pointer: builder.select(values[7], read(pointer, vector), zero)  # noqa: E731
         sums = [[cgutils.alloca_once_value(builder, start(pointer)) for pointer in row] for row in block]
         with cgutils.for_range(builder, depth) as loop:
             b_row = [read(step(b_at, (loop.index, b_k), (v, word(width))), vector) for v in along_j]
@@ -368,8 +368,8 @@ FEW_ROWS = 4
 
 
 @njit(**OPTIONS)
-def multiply(a, b, c):
-    """c = a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
+def _product(a, b, c, add):
+    """c = a @ b, or with `add` c += a @ b."""
     M, N = c.shape
     lanes = REGISTER_BYTES // c.itemsize
     wide = N - N % (WIDE * lanes)
@@ -378,56 +378,35 @@ def multiply(a, b, c):
     whole = M - M % WIDE_ROWS
     for j in range(0, wide, WIDE * lanes):
         for i in range(0, whole, WIDE_ROWS):
-            _block(a, b, c, i, j, WIDE_ROWS, WIDE, False)
+            _block(a, b, c, i, j, WIDE_ROWS, WIDE, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, WIDE, False)
+            _block(a, b, c, i, j, FEW_ROWS, WIDE, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, WIDE, False)
+            _block(a, b, c, i, j, 1, WIDE, add)
     whole = M - M % NARROW_ROWS
     for j in range(wide, narrow, NARROW * lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, NARROW, False)
+            _block(a, b, c, i, j, NARROW_ROWS, NARROW, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, NARROW, False)
+            _block(a, b, c, i, j, FEW_ROWS, NARROW, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, NARROW, False)
+            _block(a, b, c, i, j, 1, NARROW, add)
     for j in range(narrow, N, lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, 1, False)
+            _block(a, b, c, i, j, NARROW_ROWS, 1, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, 1, False)
+            _block(a, b, c, i, j, FEW_ROWS, 1, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, 1, False)
+            _block(a, b, c, i, j, 1, 1, add)
+
+
+@njit(**OPTIONS)
+def multiply(a, b, c):
+    """c = a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
+    _product(a, b, c, False)
 
 
 @njit(**OPTIONS)
 def multiply_add(a, b, c):
-    """c += a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
-    M, N = c.shape
-    lanes = REGISTER_BYTES // c.itemsize
-    wide = N - N % (WIDE * lanes)
-    narrow = N - (N - wide) % (NARROW * lanes)
-    fours = M - M % FEW_ROWS
-    whole = M - M % WIDE_ROWS
-    for j in range(0, wide, WIDE * lanes):
-        for i in range(0, whole, WIDE_ROWS):
-            _block(a, b, c, i, j, WIDE_ROWS, WIDE, True)
-        for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, WIDE, True)
-        for i in range(fours, M):
-            _block(a, b, c, i, j, 1, WIDE, True)
-    whole = M - M % NARROW_ROWS
-    for j in range(wide, narrow, NARROW * lanes):
-        for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, NARROW, True)
-        for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, NARROW, True)
-        for i in range(fours, M):
-            _block(a, b, c, i, j, 1, NARROW, True)
-    for j in range(narrow, N, lanes):
-        for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, 1, True)
-        for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, 1, True)
-        for i in range(fours, M):
-            _block(a, b, c, i, j, 1, 1, True)
+    """c += a @ b, as `multiply`."""
+    _product(a, b, c, True)
