@@ -94,6 +94,17 @@ def test_all_keys_alike(value):
         assert torch.equal(SELECT[impl](k, e, n), torch.arange(n).expand(1, 1, 3, n))
 
 
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("below", [1.0, 1 + 2**-23, -1 - 2**-23, -1 - 2**-22])
+def test_neighbouring_numbers(below, impl):
+    """DGT-1 where nothing lies between two keys: a middle that is rounded to the lower one once hung the search."""
+    below = torch.tensor(below)
+    above = torch.nextafter(below, torch.tensor(math.inf))
+    k = torch.stack([below, above, below, above, below])[None, None, :, None]
+    for n, selected in enumerate([[1], [1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]], 1):
+        assert SELECT[impl](k, torch.ones(1, 1, 1), n).flatten().tolist() == selected
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 @pytest.mark.parametrize("impl", ["loops", *FAST])
 def test_what_is_no_number_is_liked_least(impl, n):

@@ -67,13 +67,14 @@ def nth_largest(likes, n, j, low, high):
         bottom = where_at_least(x, bottom, bottom, x)
     store(low, j, bottom)
     store(high, j, top)
-    one, none = ramp(likes, 1, 0), ramp(likes, 0, 0)
+    one, none, half = ramp(likes, 1, 0), ramp(likes, 0, 0), likes.dtype.type(0.5)
     middles, counts = np.empty(lanes, likes.dtype), np.empty(lanes, likes.dtype)
     aboves, belows = np.empty(lanes, likes.dtype), np.empty(lanes, likes.dtype)
     open_lanes = True
     while open_lanes:
         for lane in range(lanes):
-            middle = low[j + lane] * 0.5 + high[j + lane] * 0.5  # their difference may be too large for a number
+            # In the dtype of the column: between neighbouring numbers it must not be rounded after it is compared.
+            middle = low[j + lane] * half + high[j + lane] * half  # their difference may be too large for a number
             middles[lane] = middle if middle > low[j + lane] else high[j + lane]
         middle, count, above, below = load(middles, 0), none, top, bottom
         for i in range(S):
