@@ -240,6 +240,26 @@ def test_every_option_changes_the_answer(options):
     assert answer(small(**options), (45, 70)).isfinite().all()
 
 
+@pytest.mark.parametrize("equation", [12, 13, 17])
+def test_a_misprint_of_the_whole_model(equation):
+    """DGT-12 and DGT-13 as printed change the logits, DGT-17 the gradients alone; the right equations are the default."""
+    x, found = deterministic.image(1, 64), []
+    for options in ({}, {"variant": "paper"}, {"as_printed": equation}):
+        model = small(**options)
+        logits = model(x)
+        logits.sum().backward()
+        found.append((logits.detach(), model.grouped_layers()[0].qkv.weight.grad))
+    (right, slopes), (same, _), (printed, other) = found
+    assert torch.equal(right, same)
+    assert (right - printed).abs().max() < 1e-6 if equation == 17 else (right - printed).abs().max() > 1e-4
+    assert (slopes - other).abs().max() > 1e-5
+
+
+def test_misprints_of_what_does_not_group():
+    with pytest.raises(ValueError, match="as_printed: expected nothing with block='swin'"):
+        dynattn.create_model("dgt_mini", block="swin", as_printed=(12,))
+
+
 def test_groups_and_keys_by_stage():
     layers = small(groups=(3, 5), keys=(7, 11, 13)).grouped_layers()
     assert [(layer.groups, layer.keys) for layer in layers] == [(3, 7), (5, 11), (5, 11)]
@@ -250,7 +270,8 @@ def test_groups_and_keys_by_stage():
     ("argument", "value", "kind", "message"),
     [
         ("key", 3, TypeError, "key: not an argument of dgt_mini; did you mean 'keys'?"),
-        ("variant", "paper", TypeError, "variant: not an argument of dgt_mini"),
+        ("variant", "official", ValueError, "variant: expected one of 'paper', got 'official'"),
+        ("as_printed", (12, 14), ValueError, "as_printed: expected some of 4, 12, 13, 17, got (12, 14)"),
         ("groups", 0, ValueError, "groups: expected at least 1, got 0"),
         ("groups", (4,), ValueError, "groups: expected a number, or 2, one for each stage that groups, got (4,)"),
         ("groups", 4.0, ValueError, "groups: expected a number, or 2, one for each stage that groups, got 4.0"),

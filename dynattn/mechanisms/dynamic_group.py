@@ -246,13 +246,13 @@ class DynamicGroupAttention(nn.Module):
         *,
         cosine: bool = False,
         position_encoding: bool = False,
-        as_printed: Collection[int] = (),
+        as_printed: int | Collection[int] = (),
     ):
         super().__init__()
         d = dim // core.divisor("heads", heads, dim)
         self.dim, self.heads, self.groups, self.keys = dim, heads, core.positive("groups", groups), keys
         core.positive("keys", keys)
-        self.as_printed = frozenset(as_printed)
+        self.as_printed = frozenset([as_printed] if isinstance(as_printed, int) else as_printed)
         if not self.as_printed <= {4, 12, 13, 17}:
             raise ValueError(f"as_printed: expected some of 4, 12, 13, 17, got {as_printed!r}")
         self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if position_encoding else None

@@ -18,7 +18,7 @@ a block that has all three printed numbers of parameters; what they leave open (
 in the merges, SiLU in the head, a temperature for each head) is CMT's and Swin V2's, which the paper builds on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from einops import rearrange
 from jaxtyping import Float
@@ -147,8 +147,9 @@ class DGT(GroupedModel, Backbone):
     `window`, shifted in turn, and an MLP; "cswin", in cross-shaped windows, and an MLP; "cmt", of keys from a reduced
     map, in a block that is DGT's otherwise. The paper does not say more: the last stage stays as it is, and each has
     its own paper's sizes for that stage.
-    post_norm, cosine: of DGT-S and DGT-B.  head_dim: channels before the classifier.  drop_rate: dropout before it.
-    drop_path_rate: stochastic depth of the last block.
+    post_norm, cosine: of DGT-S and DGT-B.  variant: "paper", no code was published.  as_printed: which of
+    the equations 4, 12, 13 and 17 to take with their misprints.  head_dim: channels before the classifier.  drop_rate:
+    dropout before it.  drop_path_rate: stochastic depth of the last block.
     Raises ValueError, TypeError for arguments that do not fit together. Source: DGT section 3.3, Table 1.
     """
 
@@ -167,14 +168,19 @@ class DGT(GroupedModel, Backbone):
         window: int = 7,
         post_norm: bool = False,
         cosine: bool = False,
+        variant: str = "paper",
+        as_printed: int | Collection[int] = (),
         head_dim: int = 1280,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
     ):
         super().__init__()
+        core.one_of("variant", variant, ("paper",))
         core.positive("in_chans", in_chans)
         core.positive("head_dim", head_dim)
         core.one_of("block", block, BLOCKS)
+        if as_printed and block != "dgt":
+            raise ValueError(f"as_printed: expected nothing with block={block!r}, which groups nothing, got {as_printed}")
         check_classes(num_classes)
         check_rate("drop_rate", drop_rate)
         count = check_stages(depths, dims=dims, heads=heads)
@@ -196,7 +202,9 @@ class DGT(GroupedModel, Backbone):
             elif block == "cmt":
                 attn = SpatialReductionAttention(dims[i], heads[i], REDUCTIONS[min(i, 3)], depthwise=True)
             else:
-                attn = DynamicGroupAttention(dims[i], heads[i], groups[i], keys[i], cosine=cosine)
+                attn = DynamicGroupAttention(
+                    dims[i], heads[i], groups[i], keys[i], cosine=cosine, as_printed=as_printed
+                )
             return DGTBlock(dims[i], attn, drop_path=rate, post_norm=post_norm)
 
         stem_dim = dims[0] // 2

@@ -39,7 +39,7 @@ class Recipe:
             raise ValueError(f"batch: expected at most train_count = {self.train_count}, got {self.batch}")
 
 
-SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # smaller than dat_mini, at 64 pixels
+SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # smaller than the minis, at 64 pixels
 RECIPES = {
     "dat_mini": Recipe("dat_mini"),
     "swin_mini": Recipe("swin_mini"),
@@ -50,6 +50,13 @@ RECIPES = {
     **{
         f"dat_sweep_s{s}": Recipe("dat_mini", SWEEP | {"offset_range": float(s)}, size=64, steps=400)
         for s in (0, 1, 2, 4, 8)
+    },
+    # DGT, Table 4(b), in small: G groups and k keys of the finest map, and each of them halved
+    **{
+        f"dgt_sweep_g{G}k{k}": Recipe(
+            "dgt_mini", SWEEP | {"groups": G, "keys": (k, k // 4)}, size=64, steps=400, centroid_pace=500.0
+        )
+        for G, k in ((8, 64), (4, 64), (8, 32))
     },
 }
 
