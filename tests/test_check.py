@@ -62,6 +62,9 @@ def verdicts(tmp_path_factory) -> dict[str | None, student.Verdict]:
         def grouped_attention(q, k, v, groups, selected):
             return q
 
+        def routed_attention(q, k, v, routes):
+            return q
+
         def dense_attention(q, k, v, *, bias=None, scale=None):
             print("passed", file=sys.stdout, flush=True)
             open("notes.txt", "a").write("here")

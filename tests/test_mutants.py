@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dynattn import core, ops, verify
-from dynattn.mechanisms import deformable, deformable_detr, dynamic_group, window
+from dynattn.mechanisms import bilevel, deformable, deformable_detr, dynamic_group, window
 from dynattn.verify.mistakes import MISTAKES
 
 CORRECT = {
@@ -20,6 +20,7 @@ CORRECT = {
     "deformable_attention": deformable.deformable_attention_torch,
     "detr_attention": deformable_detr.detr_attention_torch,
     "grouped_attention": dynamic_group.grouped_attention_torch,
+    "routed_attention": bilevel.routed_attention_torch,
 }
 pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
 ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
@@ -256,6 +257,13 @@ def test_a_function_that_fails_elsewhere_is_still_diagnosed():
         ("detr_attention", "only the first point is read", {"B": 1, "h": 1, "d": 1, "L": 1, "K": 2}),
         ("grouped_attention", "only the first key is read", {"B": 1, "h": 1, "L": 1, "d": 1, "G": 1, "S": 2, "n": 2}),
         ("grouped_attention", "order of the queries not restored", {"B": 1, "h": 1, "L": 2, "d": 1, "G": 2, "n": 1}),
+        (
+            "routed_attention",
+            "all regions are read",
+            {"B": 1, "h": 1, "d": 1, "R": 1, "S": 2, "n": 1, "Tq": 1, "Tk": 1},
+        ),
+        ("routed_attention", "softmax for each region apart", {"B": 1, "h": 1, "R": 1, "S": 2, "n": 2, "Tk": 1}),
+        ("routed_attention", "key mask inverted", {"B": 1, "h": 1, "d": 1, "R": 1, "S": 1, "n": 1, "key_mask": True}),
     ],
 )
 def test_the_case_is_as_simple_as_the_mistake_allows(operation, name, sizes):
@@ -358,6 +366,28 @@ def test_groups_of_the_matrix_are_drawn():
     assert not call.arguments["selected"].is_contiguous() and call.line.startswith('verify.case("grouped_attention", 2')
     with pytest.raises(ValueError, match="n: expected at most S = 3, got 4"):
         verify.case("grouped_attention", 2, S=3, n=4)
+
+
+def test_routes_and_masks_of_the_matrix_are_drawn():
+    """All regions and one; several readers of a region; masks that hide one of a route's regions, never all of them."""
+    drawn = [verify.case("routed_attention", seed) for seed in range(40)]
+    choices = [c.choices for c in drawn]
+    assert any(c["n"] == c["S"] > 1 for c in choices) and {c["n"] for c in choices} >= {1, 2, 3}
+    assert any(c["R"] > c["S"] for c in choices) and any(c["Tq"] != c["Tk"] for c in choices)
+    routes = [c.arguments["routes"] for c in drawn]
+    assert all(r.dtype == torch.int64 and (r.sort().values.diff() > 0).all() for r in routes)
+    assert any((r.diff() < 0).any() for r in routes) and any(r[0].unique().numel() < r[0].numel() for r in routes)
+    masks = [c.options.get("key_mask") for c in drawn]
+    assert None in masks and any(m is not None and m.any() and not m.all() for m in masks)
+    hidden = []
+    for mask, r in zip(masks, routes, strict=True):
+        if mask is not None:
+            readable = torch.stack([own[rows].any(dim=-1) for own, rows in zip(mask, r, strict=True)])  # (B, R, n)
+            assert readable.any(dim=-1).all()
+            hidden.append(not readable.all())
+    assert any(hidden) and not all(hidden)
+    with pytest.raises(ValueError, match="n: expected at most S = 3, got 4"):
+        verify.case("routed_attention", 2, S=3, n=4)
 
 
 def test_a_case_by_its_choices():

@@ -132,6 +132,22 @@ def _grouped_attention(draw: Draw) -> Call:
     return arguments | {"groups": groups, "selected": selected}, scale
 
 
+def _routed_attention(draw: Draw) -> Call:
+    B, h, d, Tq, Tk = draw.sizes(B=2, h=2, d=3, Tq=3, Tk=3)
+    R, S = draw.one("R", 1, 2, 3, 3), draw.one("S", 1, 2, 3, 4, 4, 5)
+    n = draw.one("n", *range(1, S + 1))
+    if n > S:
+        raise ValueError(f"n: expected at most S = {S}, got {n}")
+    has_mask, scale = draw.one("key_mask", False, True, True), draw.scale()
+    arguments = {"q": draw.normal(B, h, R, Tq, d), "k": draw.normal(B, h, S, Tk, d), "v": draw.normal(B, h, S, Tk, d)}
+    routes = torch.rand(B, R, S, generator=draw.generator).argsort()[..., :n]  # in any order
+    regions = torch.rand(B, S, generator=draw.generator) < 0.7  # some are hidden as a whole, and some of their tokens
+    mask = regions[..., None] & (torch.rand(B, S, Tk, generator=draw.generator) < 0.7)
+    some = torch.randint(Tk, (B, S, 1), generator=draw.generator) == torch.arange(Tk)
+    mask |= some & torch.zeros(B, S, dtype=torch.bool).scatter(1, routes[..., 0], True)[..., None]  # none reads nothing
+    return arguments | {"routes": routes}, ({"key_mask": mask} if has_mask else {}) | scale
+
+
 OPERATIONS: dict[str, tuple[Callable, Callable[[Draw], Call]]] = {
     "sample_points": (ops.sample_points, _sample_points),
     "dense_attention": (ops.dense_attention, _dense_attention),
@@ -139,6 +155,7 @@ OPERATIONS: dict[str, tuple[Callable, Callable[[Draw], Call]]] = {
     "deformable_attention": (ops.deformable_attention, _deformable_attention),
     "detr_attention": (ops.detr_attention, _detr_attention),
     "grouped_attention": (ops.grouped_attention, _grouped_attention),
+    "routed_attention": (ops.routed_attention, _routed_attention),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
@@ -164,7 +181,7 @@ class Case:
     def defaults(self) -> dict[str, object]:
         """What the options stand for that are not given."""
         d = next(iter(self.arguments.values())).shape[-1]
-        every = {"bias": None, "shift": (0, 0), "query_grid": "centre", "scale": d**-0.5}
+        every = {"bias": None, "shift": (0, 0), "query_grid": "centre", "key_mask": None, "scale": d**-0.5}
         known = signature(OPERATIONS[self.operation][0]).parameters
         return {name: value for name, value in every.items() if name in known}
 

@@ -19,6 +19,9 @@ WORDS = {
     "W": "column",
     "I": "table row",
     "J": "table column",
+    "R": "region",
+    "Tq": "query",
+    "Tk": "key",
 }
 
 
@@ -65,6 +68,8 @@ def _part(case: Case, where: str, letter: str, i: int) -> str:
     word = WORDS.get(letter, letter)
     if letter == "N" and "points" in case.arguments:  # the keys of these operations are what was read at the points
         word = "point"
+    if letter == "S" and "routes" in case.arguments:
+        word = "region"
     if letter == "L" and "query_shape" in case.arguments:
         row, column = divmod(i, case.arguments["query_shape"][1])
         word = "token" if where in ("gradient of k", "gradient of v") else word

@@ -6,6 +6,7 @@ function up in here; the tests hold `check` to tell every one of them from the l
 
 from collections.abc import Callable
 
+from dynattn.verify.mistakes.bilevel import ROUTED_ATTENTION
 from dynattn.verify.mistakes.deformable import DEFORMABLE_ATTENTION
 from dynattn.verify.mistakes.deformable_detr import DETR_ATTENTION
 from dynattn.verify.mistakes.dense import DENSE_ATTENTION
@@ -20,4 +21,5 @@ MISTAKES: dict[str, dict[str, Callable]] = {
     "deformable_attention": DEFORMABLE_ATTENTION,
     "detr_attention": DETR_ATTENTION,
     "grouped_attention": GROUPED_ATTENTION,
+    "routed_attention": ROUTED_ATTENTION,
 }

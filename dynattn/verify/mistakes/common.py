@@ -28,7 +28,7 @@ def interleaved(form: Callable) -> Callable:
     @wraps(form)
     def wrong(*positional, **named):
         z = form(*positional, **named)
-        return rearrange(rearrange(z, "B h L d -> B L (d h)"), "B L (h d) -> B h L d", h=z.shape[1])
+        return rearrange(rearrange(z, "B h ... d -> B ... (d h)"), "B ... (h d) -> B h ... d", h=z.shape[1])
 
     return wrong
 
