@@ -924,7 +924,8 @@ def test_keys_of_the_record():
 @pytest.mark.parametrize("L, C, expected", [(3136, 64, 0.0466), (784, 128, 0.1865), (196, 256, 0.7467)])
 def test_complexity_of_the_paper(L, C, expected):
     """DGT-5, DGT-6, DGT-7: the paper's ratios .05, .19 and .75 for DGT-T at 224, with all channels in C."""
-    dense, grouped = multiply_adds(L, C, 48, 98)
+    dense, grouped, ratio = multiply_adds(L, C, 48, 98)
+    assert ratio == grouped / dense
     assert dense == 2 * L * L * C
     assert round(grouped / dense, 4) == expected
     assert round(grouped / dense, 2) == {0.0466: 0.05, 0.1865: 0.19, 0.7467: 0.75}[expected]

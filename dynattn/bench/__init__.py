@@ -4,6 +4,7 @@ model     a multiply-add of dat_tiny beside one of timm's Swin-T: forward, 8 ima
 import    `import dynattn` beside `import torch`, each in a new process
 figures   `dynattn figures`, in seconds
 ops       the kernels beside the torch forms and the loops: time, and memory
+cuda      grouped attention on a GPU beside flash attention, flex_attention and others
 """
 
 import subprocess
@@ -15,7 +16,7 @@ from time import perf_counter
 
 import torch
 
-from dynattn.bench import deformable, grouped
+from dynattn.bench import cuda, deformable, grouped
 from dynattn.bench.timing import Benchmark, in_turn, threads
 
 ROOT = Path(__file__).parents[2]
@@ -74,16 +75,21 @@ BENCHMARKS = {
     "figures": Benchmark("dynattn figures", figures, 180, "s"),
 }
 GROUPS = {"ops": lambda: deformable.rows() | grouped.rows()}
+TABLES = {"cuda": cuda.main}  # with a table of their own
 
 
 def main(names: list[str]) -> None:
     """Measure what is named, or model and import, and print a table. Raises ValueError for an unknown name."""
-    known = [*BENCHMARKS, *GROUPS]
+    known = [*BENCHMARKS, *GROUPS, *TABLES]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"names: expected some of {', '.join(known)}, got {unknown[0]!r}")
-    print(f"{'':12} {'':45} {'measured':>10} {'wanted':>19}")
-    for name in names or ["model", "import"]:
+    for table in (name for name in names if name in TABLES):
+        TABLES[table]()
+    rest = [name for name in names or ["model", "import"] if name not in TABLES]
+    if rest:
+        print(f"{'':12} {'':45} {'measured':>10} {'wanted':>19}")
+    for name in rest:
         rows = GROUPS[name]() if name in GROUPS else {name: BENCHMARKS[name]}
         for row, benchmark in rows.items():
             value = benchmark.measure()

@@ -121,7 +121,7 @@ def grouped_attention_torch(
     keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
     k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
     tiled = rearrange(tiled, "(t T) d -> t 1 T d", T=TILE)
-    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale).reshape(-1, d)
+    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale).reshape(-1, d)  # DGT-2
     return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z[place]).reshape(q.shape)
 
 
@@ -172,9 +172,9 @@ def _kernel(backend: str) -> Callable:
     return form
 
 
-ASSIGN = {"loops": assign_loops, "torch": assign_torch, "numba": kernel.ASSIGN}
-SELECT = {"loops": select_loops, "torch": select_torch, "numba": kernel.SELECT}
-FORMS = {"loops": grouped_attention_loops, "torch": grouped_attention_torch, "numba": _kernel("numba")}
+ASSIGN = {"loops": assign_loops, "torch": assign_torch, "numba": kernel.ASSIGN, "triton": kernel.ASSIGN_TRITON}
+SELECT = {"loops": select_loops, "torch": select_torch, "numba": kernel.SELECT, "triton": kernel.SELECT_TRITON}
+FORMS = {"loops": grouped_attention_loops, "torch": grouped_attention_torch} | {b: _kernel(b) for b in kernel.OPERATORS}
 
 
 def check_indices(name: str, indices: Tensor, shape: tuple, below: int) -> None:
@@ -215,7 +215,7 @@ def grouped_attention(
     if not torch.compiler.is_compiling() and not kernel.distinct(selected, S):
         raise ValueError("selected: expected distinct keys in every group, got one twice")
     form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
-    return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))
+    return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))  # DGT-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,9 +345,10 @@ class DynamicGroupAttention(nn.Module):
         return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"
 
 
-def multiply_adds(L: int, C: int, groups: int, keys: int) -> tuple[float, float]:
-    """Omega of dense attention (DGT-5) and of dynamic groups (DGT-6); their ratio is DGT-7."""
-    return 2 * L**2 * C, 2 * keys * L * C + 2 * L * groups * C + keys * groups * math.log2(L)  # DGT-5, DGT-6
+def multiply_adds(L: int, C: int, groups: int, keys: int) -> tuple[float, float, float]:
+    """Omega of dense attention (DGT-5), of dynamic groups (DGT-6), and their ratio (DGT-7)."""
+    dense, ours = 2 * L**2 * C, 2 * keys * L * C + 2 * L * groups * C + keys * groups * math.log2(L)  # DGT-5, DGT-6
+    return dense, ours, ours / dense  # DGT-7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
