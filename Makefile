@@ -5,7 +5,8 @@ ENVIRONMENT := .venv/.installed
 .PHONY: figures test test-all lab
 
 figures: $(ENVIRONMENT)  ## draw the figures into figures/ and print what they measure
-	.venv/bin/dynattn figures
+	.venv/bin/dynattn figures --paper dat
+	.venv/bin/dynattn figures --paper dgt
 
 test: $(ENVIRONMENT)  ## tests and notebooks
 	.venv/bin/pytest -n 2

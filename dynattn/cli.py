@@ -7,6 +7,7 @@ help and mistakes answer at once.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from urllib.parse import quote
 
 from . import __version__
 
-PAPERS = ("dat",)
+PAPERS = ("dat", "dgt")
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -165,11 +166,18 @@ def add_figures(commands) -> None:
         "and another image's mask give. Without --weights and --model it uses the trained model that\n"
         "ships with the package, without --image the sample photographs.",
         "  dynattn figures\n"
+        "  dynattn figures --paper dgt --only 3 table4b\n"
         "  dynattn figures --only 6 7 --image cat.jpg\n"
         "  dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth --out cat_figures",
     )
     add_paper(sub)
-    sub.add_argument("--only", type=int, nargs="+", metavar="N", help="figures by their numbers (default: all)")
+    sub.add_argument(
+        "--only",
+        type=figure_number,
+        nargs="+",
+        metavar="N",
+        help="figures by their numbers, tables by their names, as 6 or table4b (default: all)",
+    )
     sub.add_argument("--image", type=existing_file, metavar="FILE", help="a photograph of your own, in any format")
     sub.add_argument(
         "--weights",
@@ -207,7 +215,7 @@ def add_table(commands) -> None:
         table,
         "print parameters and multiply-adds beside the paper's",
         "Every model and every ablation of the paper, counted here; a footnote explains each difference.",
-        "  dynattn table",
+        "  dynattn table\n  dynattn table --paper dgt",
     )
     add_paper(sub)
 
@@ -257,9 +265,9 @@ def add_bench(commands) -> None:
         bench,
         "measure speed, mostly as ratios to something known",
         "A ratio of two things that are timed in turn, on the same machine, means the same on every machine.",
-        "  dynattn bench\n  dynattn bench ops",
+        "  dynattn bench\n  dynattn bench ops\n  dynattn bench cuda",
     )
-    names = "model, import, figures (in seconds), ops (the kernels); default: model import"
+    names = "model, import, figures (in seconds), ops (kernels on the CPU), cuda (on a GPU); default: model import"
     sub.add_argument("names", nargs="*", default=[], metavar="NAME", help=names)
 
 
@@ -300,6 +308,15 @@ def add_check(commands) -> None:
 def add_paper(sub: argparse.ArgumentParser) -> None:
     """The option that names a paper."""
     sub.add_argument("--paper", choices=PAPERS, default="dat", help="which paper (default: %(default)s)")
+
+
+def figure_number(text: str) -> int | str:
+    """The number of a figure or the name of a table, for argparse."""
+    if text.isdecimal():
+        return int(text)
+    if not re.fullmatch(r"table\d+[a-z]?", text):
+        raise argparse.ArgumentTypeError(f"expected the number of a figure, or a table as table4b, got {text!r}")
+    return text
 
 
 def existing_file(text: str) -> Path:

@@ -8,14 +8,19 @@ import torch
 
 from dynattn import create_model, weights
 from dynattn.data import CLASSES, Shapes, cached
-from dynattn.figures.measures import evaluate_points
+from dynattn.figures.measures import evaluate_groups, evaluate_points
 from dynattn.official import model_from
 from dynattn.tracing import trace
 from dynattn.training import evaluate
 
 SEEDS = ("dat_mini", "dat_mini_seed1", "dat_mini_seed2")
-MEASURED = 60  # images on which the points are measured
+GROUPED = ("dgt_mini", "dgt_mini_seed1", "dgt_mini_seed2")
+MEASURED = 60  # images on which points and groups are measured
 SWEEP = tuple(f"dat_sweep_s{s}" for s in (0, 1, 2, 4, 8))
+GROUPED_SWEEP = tuple(
+    f"dgt_sweep_{size}{seed}" for size in ("g8k64", "g4k64", "g8k32") for seed in ("", "_seed1", "_seed2")
+)
+EVERY = (*SEEDS, *GROUPED, "swin_mini", "vit_mini", *SWEEP, *GROUPED_SWEEP, "dgt_cluttered")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,11 @@ def held_out() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return cached(Shapes("easy", "test", 128, 1000), progress=False)
 
 
-@pytest.mark.parametrize("name", [*SEEDS, "swin_mini", "vit_mini", *SWEEP])
+def test_every_checkpoint_is_tested():
+    assert sorted(EVERY) == sorted(weights.available())
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_checkpoint_tells_how_it_was_made(name):
     """Command, seed, steps and classes stand in the file, the log beside it, and both agree."""
     file = weights.path(name)
@@ -37,8 +46,9 @@ def test_a_checkpoint_tells_how_it_was_made(name):
     assert float(last[-1]) == pytest.approx(story["accuracy"], abs=0.01)  # the log's is before rounding to half
 
 
-def test_dat_mini_is_small():
-    assert sum(p.numel() for p in create_model("dat_mini").parameters()) <= 1_900_000
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_minis_are_small(name):
+    assert sum(p.numel() for p in create_model(name).parameters()) <= 1_900_000
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -56,7 +66,34 @@ def test_attention_finds_the_object(name, held_out):
     assert max(layer["points_ratio"] for layer in found["layers"].values()) >= 1.4
 
 
-@pytest.mark.parametrize("name, floor", [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_find_the_object(name, held_out):
+    """Of every seed: mutual information of groups and object, of the head that other images chose, and of stage 1.
+
+    Null: another image's mask.
+    """
+    images, labels, masks = (part[:MEASURED] for part in held_out)
+    _, model = model_from(weights.path(name))
+    found = evaluate_groups(model, images, masks, labels, choice=15)
+    first = next(iter(found["layers"]))
+    for layer, head in (found["chosen"]["nmi"], (first, found["layers"][first]["chosen"]["nmi"])):
+        assert found["layers"][layer]["nmi"][head] >= 0.25
+        assert found["layers"][layer]["nmi_other"][head] <= 0.1
+
+
+def test_clutter_hides_the_object(held_out):
+    """A network trained where pieces of other objects lie about: right more often than chance, its groups are not."""
+    items = [Shapes("cluttered", "test", 64)[i] for i in range(MEASURED)]
+    images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
+    story = weights.read(weights.path("dgt_cluttered"))[1]
+    _, model = model_from(weights.path("dgt_cluttered"))
+    found = evaluate_groups(model, images, masks, np.array([item[1] for item in items]), choice=15)
+    layer, head = found["chosen"]["nmi"]
+    assert story["accuracy"] >= 0.35
+    assert found["layers"][layer]["nmi"][head] <= 0.25
+
+
+@pytest.mark.parametrize("name, floor", [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8), ("dgt_mini", 0.8)])
 def test_accuracy_on_held_out_photographs(name, floor, held_out):
     """What the file says of itself is what the model does."""
     images, labels, _ = (part[:400] for part in held_out)
@@ -85,7 +122,7 @@ def test_vit_mini_at_another_size():
         torch.testing.assert_close(made_for_it(image), model(image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "swin_mini", "vit_mini"])
+@pytest.mark.parametrize("name", ["dat_mini", "swin_mini", "vit_mini", "dgt_mini"])
 def test_pictures_are_traced(name):
     """A photograph of any size is brought to the model's; every layer explains itself; the rollout covers the image."""
     photo = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)

@@ -85,6 +85,8 @@ def test_figures_passes_its_options(called, tmp_path):
     assert cli.main(["figures", "--only", "5", "6", "--image", str(image), "--model", "dat_tiny", "--seed", "3"]) == 0
     expected = dict(paper="dat", only=[5, 6], image=image, model="dat_tiny", out=Path("figures"), seed=3)
     assert calls == [((), expected)]
+    assert cli.main(["figures", "--paper", "dgt", "--only", "3", "table4b"]) == 0
+    assert calls[1][1] == dict(paper="dgt", only=[3, "table4b"], out=Path("figures"), seed=0)
 
 
 def test_train_passes_only_what_was_given(called):
@@ -95,10 +97,12 @@ def test_train_passes_only_what_was_given(called):
 
 
 def test_table_and_bench(called):
-    assert called("cost", "print_table") == [] and cli.main(["table"]) == 0
+    assert (
+        called("cost", "print_table") == [] and cli.main(["table"]) == 0 and cli.main(["table", "--paper", "dgt"]) == 0
+    )
     called("bench", "main")
     assert cli.main(["bench"]) == 0
-    assert called("bench", "main") == [(("dat",), {}), (([],), {})]
+    assert called("bench", "main") == [(("dat",), {}), (("dgt",), {}), (([],), {})]
     assert cli.main(["bench", "import", "dat_tiny"]) == 0
     assert called("bench", "main")[-1] == ((["import", "dat_tiny"],), {})
 
@@ -186,7 +190,8 @@ def test_lab_tells_what_is_missing(checkout, launched, monkeypatch, capsys):
         (["figures", "--paper", "cat"], "invalid choice: 'cat'"),
         (["figures", "--image", "no.jpg"], "no such file: 'no.jpg'"),
         (["figures", "--weights", "no.pth"], "no such file: 'no.pth'"),
-        (["figures", "--only", "six"], "invalid int value: 'six'"),
+        (["figures", "--only", "six"], "expected the number of a figure, or a table as table4b, got 'six'"),
+        (["figures", "--only", "-3"], "--only"),
         (["train"], "NAME"),
         (["train", "dat_mini", "--lr", "fast"], "invalid float value: 'fast'"),
         (["train", "dat_mini", "--model-options", "3"], "expected a JSON object"),

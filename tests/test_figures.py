@@ -302,7 +302,7 @@ def test_a_trained_network_that_starts_at_zero_offsets_is_held_against_both_star
     weights.write(file, model.state_dict(), dict(name="dat_mini", arguments=SMALL, seed=0))
     (entry,) = draw(only=[6], weights=file, out=setup, progress=False)
     for measure in entry["measures"]:
-        assert list(measure["random"]) == [subjects.RANDOM, subjects.ZERO]
+        assert list(measure["random"]) == [subjects.RANDOM, dat.ZERO]
     assert "random offsets / with offsets of zero" in capsys.readouterr().out
 
 
@@ -351,7 +351,7 @@ def published(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(paper="dgt"), ValueError, "paper: expected one of 'dat', got 'dgt'"),
+        (dict(paper="vit"), ValueError, "paper: expected one of 'dat', 'dgt', got 'vit'"),
         (dict(only=[3]), ValueError, "only: expected figures of 4, 5, 6, 7, got 3"),
         (dict(seed=-1), ValueError, "seed: expected a whole number"),
         (dict(image="nothing.jpg"), FileNotFoundError, "nothing.jpg"),

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from dynattn import core
 
-from . import dat, gallery
+from . import dat, dgt, gallery
+from .drawing import Plan
 from .subjects import Setting, load_subject
 
-FIGURES = {"dat": dat.PLANS}  # by paper and number
+FIGURES = {"dat": dat.PAPER, "dgt": dgt.PAPER}
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def draw(
     paper: str = "dat",
-    only: Sequence[int] | None = None,
+    only: Sequence[int | str] | None = None,
     image: Any = None,
     weights: str | PathLike | None = None,
     model: str | None = None,
@@ -45,20 +46,22 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Draw a paper's figures into the folder `out`, print what they measure, and return an entry for each.
 
-    only: numbers of figures (None: all that the other arguments allow). image: a photograph of one's own, anything that
-    `read_image` takes; there is no mask of it, so nothing is measured against an object, and figure 4, which is
-    measured on many images, is left out. weights: any checkpoint of the paper's models, published (.pth) or ours
-    (.safetensors); figure 4, which has checkpoints of its own, is left out. model: the name of a model that ships
-    trained, or the one that `weights` must hold. seed: of the random networks.
+    only: numbers of figures, names of tables (None: all that the other arguments allow). image: a photograph of one's
+    own, anything that `read_image` takes; there is no mask of it, so nothing is measured against an object, and what
+    compares models on many images, DAT's figure 4 and DGT's table 4b, is left out. weights: any checkpoint of the
+    paper's models, published (.pth) or ours (.safetensors); what has checkpoints of its own is left out. model: the
+    name of a model that ships trained, or the one that `weights` must hold. seed: of the random networks.
     An entry is what conditions.json has of a figure: file, caption, weights, images, versions, measures, nulls.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
     """
     core.one_of("paper", paper, tuple(FIGURES))
-    plans = FIGURES[paper]
+    about = FIGURES[paper]
+    plans = about.plans
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
-    setting = Setting(load_subject(weights, model), image, seed, progress)
+    subject = load_subject(weights, about.shipped if weights is None and model is None else model)
+    setting = Setting(about, subject, image, seed, progress)
     numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
     setting.check()
     networks = {network: n for number in numbers for network, n in plans[number].networks(setting).items()}
@@ -69,22 +72,41 @@ def draw(
     total = sum(networks.values()) + len(numbers)
     with tqdm(total=total, unit="image", disable=not progress) as setting.bar:
         for number in numbers:
-            setting.bar.set_description(f"figure {number}")
+            setting.bar.set_description(called(number))
             drawing = plans[number].draw(setting)
             entries.append(gallery.entry(paper, number, plans[number], drawing, setting))
             gallery.write(out, entries[-1], drawing.figure)
             setting.bar.update()
-    print(gallery.table(entries, out))
+    print(gallery.table(entries, out, about))
     return entries
 
 
-def chosen(plans: dict[int, Any], only: Sequence[int] | None, has_image: bool, has_weights: bool) -> list[int]:
-    """The figures to draw, in order. Raises ValueError for one that does not exist or does not go with the rest."""
+def called(number: int | str) -> str:
+    """A figure in words; a table has a name."""
+    return number if isinstance(number, str) else f"figure {number}"
+
+
+def chosen(
+    plans: dict[int | str, Plan], only: Sequence[int | str] | None, has_image: bool, has_weights: bool
+) -> list[int | str]:
+    """The figures to draw, in order; what is left out for want of checkpoints is told.
+
+    Raises ValueError for one that does not exist or does not go with the rest, FileNotFoundError for want of
+    checkpoints.
+    """
     reason = "image" if has_image else "weights or model" if has_weights else None
+    if unknown := [str(number) for number in only or () if number not in plans]:
+        raise ValueError(f"only: expected figures of {', '.join(map(str, plans))}, got {', '.join(unknown)}")
     if only is None:
-        return [number for number in plans if not (reason and plans[number].of_many)]
-    if unknown := sorted(set(only) - set(plans)):
-        raise ValueError(f"only: expected figures of {', '.join(map(str, plans))}, got {', '.join(map(str, unknown))}")
-    if reason and (fixed := [number for number in only if plans[number].of_many]):
-        raise ValueError(f"only: figure {fixed[0]} compares shipped models on the test images; it takes no {reason}")
-    return sorted(set(only))
+        numbers = [number for number in plans if not (reason and plans[number].compares)]
+    else:
+        numbers = [number for number in plans if number in only]
+    for number in tuple(numbers):
+        if reason and plans[number].compares:
+            raise ValueError(f"only: {called(number)} compares shipped models on the test images; it takes no {reason}")
+        if lack := plans[number].lacks():
+            if only is not None or not plans[number].optional:
+                raise FileNotFoundError(f"only: {called(number)} {lack}")
+            print(f"{called(number)} is left out: it {lack}")
+            numbers.remove(number)
+    return numbers

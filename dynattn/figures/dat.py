@@ -10,38 +10,55 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynattn import weights
 from dynattn.tracing import Record, Trace, trace
 from dynattn.training import evaluate
 
 from . import style
-from .drawing import Drawing, Plan, aspect_of, compared, conditions, ground, object_key, share, size_of, unmasked
-from .measures import move, propagate, reach, received
+from .drawing import (
+    Drawing,
+    Paper,
+    Plan,
+    aspect_of,
+    compared,
+    conditions,
+    ground,
+    object_key,
+    of_layers,
+    of_the_subject,
+    share,
+    size_of,
+    unmasked,
+)
+from .measures import evaluate_points, move, propagate, reach, received
 from .subjects import RANDOM, Picture, Setting, Subject, load_subject
 
 # Test images, chosen for a spread of classes, places and backgrounds, not by what a model makes of them.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
-SWEEP, SWIN = "dat_sweep_s", "swin_mini"
+SWIN = "swin_mini"
 TOP_KEYS = 40
 NOTHING = 1e-6  # a mask of -100 leaves less
 SWEEP_COUNTS = 500, 100  # test images that accuracy and attention are measured on for each s
 INK = 0.06  # share of a panel that all attention of one distribution covers with its dots
-LARGEST = f"{RANDOM}, largest s"
+LARGEST, ZERO = f"{RANDOM}, largest s", f"{RANDOM}, offsets of zero"
+
+
+def twins(setting: Setting) -> dict[str, nn.Module]:
+    """Random networks like the subject: as it starts training and, where that is with offsets of zero, without."""
+    start = setting.twin(setting.subject)
+    record = trace(start, torch.zeros(3, *setting.subject.size)).of_kind("deformable")[0]
+    if not torch.equal(*torch.broadcast_tensors(record.points, record.references)):
+        return {RANDOM: start}
+    return {RANDOM: setting.twin(setting.subject, offset_zero_init=False), ZERO: start}
+
 
 # --------------------------------------------------------------------------------------------- 4: the range of offsets
 
 
 def sweep() -> dict[str, Subject]:
-    """The shipped models that differ in their offset range s alone, in its order.
-
-    Raises FileNotFoundError where there are none.
-    """
-    names = [name for name in weights.available() if name.startswith(SWEEP)]
-    if not names:
-        raise FileNotFoundError(f"only: figure 4 needs checkpoints {SWEEP}*.safetensors in {weights.FOLDER}")
-    subjects = {one.arguments["offset_range"]: one for one in (load_subject(weights.path(name)) for name in names)}
+    """The shipped models that differ in their offset range s alone, in its order."""
+    subjects = {one.arguments["offset_range"]: one for one in PLANS[4].subjects()}
     return {f"s = {s:g}": subjects[s] for s in sorted(subjects)}
 
 
@@ -225,12 +242,12 @@ def attention(setting: Setting) -> Drawing:
     found = found_windows = None
     if setting.subject.knows_shapes:
         found = setting.trained()["layers"]
-        found_windows = setting.evaluation(label, other.model, candidates)["layers"]
+        found_windows = setting.evaluation(label, other.model, layers=candidates)["layers"]
     names = choose(layers, found, "attention"), choose(windows, found_windows, "attention")
     if setting.image is None:
         networks = setting.evaluations()
         beside_it = {label: other.model, f"{label}, {RANDOM}": setting.twin(other)}
-        beside_it = {key: setting.evaluation(key, model, candidates) for key, model in beside_it.items()}
+        beside_it = {key: setting.evaluation(key, model, layers=candidates) for key, model in beside_it.items()}
         measures = [
             share("attention", networks, setting.subject.name, "DAT", names[0]),
             share("attention", beside_it, label, label, names[1]),
@@ -327,19 +344,6 @@ def of_the_sweep(setting: Setting) -> dict[str, int]:
     return dict.fromkeys([*sweep(), LARGEST], SWEEP_COUNTS[1])
 
 
-def of_the_subject(setting: Setting) -> dict[str, int]:
-    """Those of figure 5: none on a user's photograph."""
-    if setting.image is not None:
-        return {}
-    return dict.fromkeys([setting.subject.name, *setting.other_seeds, *setting.twins], setting.count)
-
-
-def of_layers(setting: Setting) -> dict[str, int]:
-    """Those of figure 6, where layers are chosen by what they measure."""
-    chosen = {setting.subject.name: setting.count} if setting.subject.knows_shapes else {}
-    return of_the_subject(setting) | chosen
-
-
 def with_windows(setting: Setting) -> dict[str, int]:
     """Those of figure 7, with what stands beside DAT."""
     label, _ = windowed(setting)
@@ -354,7 +358,7 @@ PLANS = {
         "Figure 4 · Accuracy and attention over the offset range s",
         offset_range,
         of_the_sweep,
-        of_many=True,
+        compares="dat_sweep_s",
     ),
     5: Plan(
         "important_keys", "Figure 5 · The most important keys of all deformable layers", important_keys, of_the_subject
@@ -362,3 +366,12 @@ PLANS = {
     6: Plan("deformed_points", "Figure 6 · Deformed points, and the grid they start from", deformed_points, of_layers),
     7: Plan("attention", "Figure 7 · What two queries read: deformed points, or a window", attention, with_windows),
 }
+PAPER = Paper(
+    "DAT",
+    shipped="dat_mini",
+    kind="deformable",
+    evaluate=evaluate_points,
+    twins=twins,
+    random=("with random offsets", "with offsets of zero, as training starts"),
+    plans=PLANS,
+)

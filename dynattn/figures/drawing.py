@@ -6,16 +6,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
 
+from dynattn import weights
 from dynattn.tracing import Record, Trace, trace
 
 from . import style
-from .subjects import RANDOM, SEED, Picture, Setting, Subject
+from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject
 
 NAMES = {
     "points": "points on the object",
     "attention": "attention on the object",
     "propagated": "propagated attention on the object",
+    "nmi": "groups and object (NMI)",
+    "keys": "keys on the object, of queries on it",
+    "keys_off": "keys on the object, of queries off it",
 }
 
 
@@ -24,7 +29,9 @@ class Drawing:
     """A figure, the line at its foot, what is on it, what it measured.
 
     A measure has: name; trained; random, a number for each kind of random network; other, the same under the masks of
-    the other images (None where there are no masks). networks: all that `evaluate_points` found, by network.
+    the other images (None where no mask is asked); n, how many images. It may have: other_seeds, of networks trained
+    alike, or seeds, whose mean `trained` is; standard_error; layer; limit, the most that there could be; window, what a
+    window would give. networks: all that the paper's evaluation found, by network.
     """
 
     figure: Figure
@@ -43,7 +50,50 @@ class Plan:
     title: str
     draw: Callable[[Setting], Drawing]
     networks: Callable[[Setting], dict[str, int]]
-    of_many: bool = False  # compares several models on many images, so that it takes neither an image nor weights
+    compares: str = ""  # shipped models whose names begin so, on many images: it takes neither an image nor weights
+    optional: bool = False  # left out where they do not ship
+
+    def subjects(self) -> list[Subject]:
+        """The models that it compares."""
+        names = [name for name in weights.available() if name.startswith(self.compares)]
+        return [load_subject(weights.path(name)) for name in names if self.compares]
+
+    def lacks(self) -> str:
+        """What it needs and does not find; empty where there is nothing."""
+        if not self.compares or any(name.startswith(self.compares) for name in weights.available()):
+            return ""
+        return f"needs checkpoints {self.compares}*.safetensors in {weights.FOLDER}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the figures of a paper are made from: plans, by the number of a figure or by the name of a table.
+
+    shipped: the model that is drawn unless another is asked for. kind: of the records that a model must have.
+    evaluate: takes a model, images, masks, labels and bar=, as `evaluate_points` does. twins: random networks like the
+    subject, by names that begin with "random weights"; random: what distinguishes them, in words.
+    """
+
+    name: str
+    shipped: str
+    kind: str
+    evaluate: Callable[..., dict]
+    twins: Callable[[Setting], dict[str, nn.Module]]
+    random: tuple[str, ...]
+    plans: dict[int | str, Plan]
+
+
+def of_the_subject(setting: Setting) -> dict[str, int]:
+    """Networks that a figure of the subject measures, and on how many images: none on a user's photograph."""
+    if setting.image is not None:
+        return {}
+    return dict.fromkeys([setting.subject.name, *setting.other_seeds, *setting.twins], setting.count)
+
+
+def of_layers(setting: Setting) -> dict[str, int]:
+    """Those of a figure whose layers are chosen by what they measure."""
+    chosen = {setting.subject.name: setting.count} if setting.subject.knows_shapes else {}
+    return of_the_subject(setting) | chosen
 
 
 def ground(ax: Axes, picture: Picture) -> None:
@@ -103,30 +153,30 @@ def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subje
 
 
 def compared(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The measures that have both nulls, to be drawn beside them."""
-    return [one for one in measures if one["other"] is not None]
+    """The measures that have nulls beside random weights, to be drawn beside them."""
+    return [one for one in measures if one["other"] is not None or "window" in one]
 
 
-def conditions(setting: Setting, pictures: Sequence[Picture], measures: Sequence[dict]) -> str:
+def conditions(
+    setting: Setting, pictures: Sequence[Picture], measures: Sequence[dict], measured: str = "shares, "
+) -> str:
     """Weights, images, size, seeds, as the end of a caption; without masks what was measured, too."""
     story, (H, W) = setting.subject.story, pictures[0].shape
     made = ", ".join(f"{key} {story[key]}" for key in ("seed", "steps") if key in story)
     text = f"Weights: {story['file']}{made and f' ({made})'} at {H} × {W}; random weights: seed {setting.seed}. "
+    several = f"; random weights {' and '.join(setting.paper.random)}" * (len(measures[0]["random"]) > 1)
     if setting.image is not None:
         values = [f"{one['name']} {one['trained']:.2f} ({at_random(one)})" for one in measures]
-        return text + f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}."
+        return text + f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}{several}."
     known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
     unknown = [one.name for one in pictures if one.mask is None]
     text += f"Test images {', '.join(known)}. "
     if unknown:
         kind = "Unlike what it was trained on, not measured" if setting.subject.knows_shapes else "Not measured"
         text += f"{kind}: {' and '.join(unknown)}. "
-    text += f"Measures: shares, means over {measures[0]['n']} test images"
-    if len(measures[0]["random"]) > 1:
-        text += "; random weights with random offsets and with offsets of zero, as training starts"
-    return text + "."
+    return text + f"Measures: {measured}means over {measures[0]['n']} test images{several}."
 
 
 def at_random(one: dict[str, Any]) -> str:
     """What random weights gave, in words."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in one["random"].items())
+    return f"{RANDOM} {' / '.join(format(value, '.2f') for value in one['random'].values())}"

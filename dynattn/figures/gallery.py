@@ -13,16 +13,17 @@ from dynattn import __version__
 from dynattn.weights import replace
 
 if TYPE_CHECKING:
-    from .drawing import Drawing, Plan
+    from .drawing import Drawing, Paper, Plan
     from .subjects import Setting
 
 CONDITIONS, README = "conditions.json", "README.md"
 
 
-def entry(paper: str, number: int, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
-    """All that there is to know about a figure."""
+def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
+    """All that there is to know about a figure, or about a table that is drawn."""
     return {
         "paper": paper,
+        "paper_name": setting.paper.name,
         "figure": number,
         "file": f"{paper}_{number}_{plan.stem}.png",
         "title": plan.title,
@@ -43,7 +44,7 @@ def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
     replace(out / new["file"], picture.getvalue())
-    key = lambda one: (one["paper"], one["figure"])  # noqa: E731
+    key = lambda one: (one["paper"], isinstance(one["figure"], str), one["figure"])  # noqa: E731  (tables come last)
     kept = [one for one in read(out) if key(one) != key(new) and (out / one["file"]).is_file()]
     entries = sorted([*kept, new], key=key)
     replace(out / CONDITIONS, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
@@ -62,8 +63,11 @@ def read(out: Path) -> list[dict[str, Any]]:
 def readme(entries: list[dict[str, Any]]) -> str:
     """The gallery as Markdown."""
     parts = ["# Figures\n\nDrawn by `dynattn figures`. Every number is in [conditions.json](conditions.json).\n"]
-    for one in entries:
-        parts.append(f"## {one['title']}\n\n![{one['title']}]({one['file']})\n\n{one['caption']}\n")
+    papers = [one.get("paper_name", one["paper"].upper()) for one in entries]
+    for i, one in enumerate(entries):
+        if papers[i] not in papers[:i]:
+            parts.append(f"## {papers[i]}\n")
+        parts.append(f"### {one['title']}\n\n![{one['title']}]({one['file']})\n\n{one['caption']}\n")
         rows = ["| measure | trained | random weights | another image's mask |", "| --- | --- | --- | --- |"]
         rows += ["| " + " | ".join(cells(measure)) + " |" for measure in one["measures"]]
         parts.append("\n".join(rows) + "\n")
@@ -75,15 +79,19 @@ def readme(entries: list[dict[str, Any]]) -> str:
 def cells(measure: dict[str, Any]) -> list[str]:
     """A measure as the cells of a table."""
     random = " / ".join(format(value, ".3g") for value in measure["random"].values())
-    other = "no mask" if measure["n"] == 1 else "" if measure["other"] is None else format(measure["other"], ".3g")
-    seeds = measure.get("other_seeds", {})
+    other = "" if measure["other"] is None else format(measure["other"], ".3g")
+    if measure["n"] == 1:
+        other = "no mask"
+    elif "window" in measure:
+        other = f"a window: {measure['window']:.3g}"
+    seeds = measure.get("other_seeds") or measure.get("seeds", {})
     trained = format(measure["trained"], ".3g")
     if seeds:
         trained += f" ({', '.join(seeds)}: {', '.join(format(value, '.3g') for value in seeds.values())})"
     return [measure["name"], trained, random, other]
 
 
-def table(entries: list[dict[str, Any]], out: Path) -> str:
+def table(entries: list[dict[str, Any]], out: Path, paper: "Paper") -> str:
     """What all figures measured, in columns, and where the pictures lie."""
     rows = [["figure", "measure", "trained", "random weights", "another image's mask"]]
     rows += [[str(one["figure"]), *cells(measure)] for one in entries for measure in one["measures"]]
@@ -91,5 +99,5 @@ def table(entries: list[dict[str, Any]], out: Path) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     if any(len(measure["random"]) > 1 for one in entries for measure in one["measures"]):
-        lines.append("random weights: with random offsets / with offsets of zero, as training starts")
+        lines.append("random weights: " + " / ".join(paper.random))
     return "\n".join(["", *lines, "", *(str(out / one["file"]) for one in entries), str(out / README)])

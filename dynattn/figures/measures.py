@@ -3,6 +3,10 @@
 A share is the mean of a mask under some points, each counted by its weight; a point outside the image counts as off.
 Its null is the same points under the masks of the other images, which have the same bias to the centre but another
 object. A share is linear in the mask, so the mean over all other images is the share under their mean mask.
+
+Groups of queries are held against the object by their normalised mutual information, which knows no names of groups:
+0 where they tell nothing about where it is, 1 where they are the object and the rest. Its null is the mean over the
+masks of the other images, one by one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynattn.data import normalise
-from dynattn.tracing import Record, Trace, spread, trace
+from dynattn.tracing import Record, Trace, overlap, spread, trace
 
 # ------------------------------------------------------------------------------------------------------- of one record
 
@@ -39,7 +43,8 @@ def positions(record: Record, head: int) -> Float[Tensor, "N 2"]:
 
 def received(record: Record, head: int) -> Float[Tensor, " N"]:
     """Attention that each of a head's positions gets, the mean over all queries."""
-    return record.weights(head).mean(dim=0)[: len(positions(record, head))]
+    weights = record.weights(head) if is_deformable(record) else record.effective_matrix(head)
+    return weights.mean(dim=0)[: len(positions(record, head))]
 
 
 def points_share(record: Record, mask: Float[Tensor, "H W"]) -> float:
@@ -70,6 +75,88 @@ def reach(record: Record) -> float:
     distances = [torch.cdist(record.cells(), positions(record, m)) for m in range(record.heads)]
     weights = [record.weights(m)[:, : distance.shape[1]] for m, distance in enumerate(distances)]
     return float(torch.stack([(w * d).sum(dim=1).mean() for w, d in zip(weights, distances, strict=True)]).mean())
+
+
+# ---------------------------------------------------------------------------------------------- of a record with groups
+
+
+def on_map(record: Record, mask: Bool[Tensor, "*n H W"]) -> Bool[Tensor, "*n L"]:
+    """Which cells of a layer's map the object covers by more than half; the mask may be finer than the image."""
+    sides = zip(mask.shape[-2:], record.image_shape, record.query_shape, record.stride, strict=True)
+    rows, cols = (overlap(fine, cells, fine / side * stride) for fine, side, cells, stride in sides)
+    return ((rows @ mask.float() @ cols.mT) > 0.5).flatten(-2)
+
+
+def entropy(counts: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
+    """Of the distribution that counts describe, in nats."""
+    return torch.special.entr(counts / counts.sum(dim=-1, keepdim=True)).sum(dim=-1)
+
+
+def mutual_information(groups: Int[Tensor, " L"], masks: Bool[Tensor, "n L"]) -> Float[Tensor, " n"]:
+    """Normalised mutual information of groups and each mask: 2 I / (H(groups) + H(mask)).
+
+    1 where neither has more than one value, as scikit-learn has it.
+    """
+    member = torch.nn.functional.one_hot(groups).double()
+    on = masks.double() @ member  # (n, G)
+    sizes, covered = member.sum(dim=0).expand_as(on), masks.sum(dim=1)
+    both = torch.stack([covered, len(groups) - covered], dim=-1).double()
+    apart = entropy(sizes) + entropy(both)
+    shared = apart - entropy(torch.cat([on, sizes - on], dim=-1))
+    return (2 * shared / apart).where(apart > 0, 1.0).clamp(min=0)  # rounding may leave less than nothing
+
+
+def keys_of(selected: Int[Tensor, "G n"], L: int) -> Float[Tensor, "G L"]:
+    """Every group's selection as a distribution over the cells of the map."""
+    return torch.zeros(len(selected), L).double().scatter(1, selected, 1 / selected.shape[1])
+
+
+def keys_shares(
+    groups: Int[Tensor, " L"], selected: Int[Tensor, "G n"], masks: Bool[Tensor, "m L"]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Share of the keys of a query's group that lie on the object: mean over the queries on it, and over the others.
+
+    NaN where there are no such queries.
+    """
+    masks = masks.double()
+    share = masks @ keys_of(selected, len(groups)).T  # (m, G)
+    on = masks @ torch.nn.functional.one_hot(groups, len(selected)).double()  # (m, G) queries
+    off = torch.bincount(groups, minlength=len(selected)) - on
+    return tuple((share * queries).sum(dim=1) / queries.sum(dim=1) for queries in (on, off))
+
+
+def distances(record: Record) -> list[float]:
+    """Of every head the mean distance from a query to the keys of its group, in sides of the image (the longer one)."""
+    cells = record.cells().double()
+    apart = torch.cdist(cells, cells)  # (L, L)
+    heads = zip(record.groups, record.selected, strict=True)
+    means = [(apart @ keys_of(selected, len(cells)).T).gather(1, groups[:, None]).mean() for groups, selected in heads]
+    return [float(mean) / max(record.image_shape) for mean in means]
+
+
+def window_distance(record: Record) -> float:
+    """The same in a square window, as near as can be, of as many keys."""
+    side = round(record.selected.shape[-1] ** 0.5)
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float() * torch.tensor(record.stride)
+    return float(torch.cdist(cells, cells).mean()) / max(record.image_shape)
+
+
+def by_overlap(record: Record, head: int, mask: Bool[Tensor, "H W"] | None) -> list[int]:
+    """Groups with queries: the nearest to the object, the nearest to what is not, the others by size.
+
+    Nearest: by intersection over union. Without a mask all by size.
+    """
+    member = torch.nn.functional.one_hot(record.groups[head], record.selected.shape[1]).bool().T  # (G, L)
+    size = member.sum(dim=1)
+    order = [g for g in size.argsort(descending=True, stable=True).tolist() if size[g]]
+    if mask is None:
+        return order
+    on, first = on_map(record, mask), []
+    for there in (on, ~on):
+        closeness = (member & there).sum(dim=1) / (member | there).sum(dim=1)
+        first.append(max((g for g in order if g not in first), key=lambda g: float(closeness[g]), default=None))
+    first = [g for g in first if g is not None]
+    return first + [g for g in order if g not in first]
 
 
 # -------------------------------------------------------------------------------------------------- of a whole network
@@ -141,6 +228,13 @@ def measure_image(
     return values
 
 
+def as_tensors(images: np.ndarray, masks: np.ndarray, least: int) -> tuple[Tensor, Tensor]:
+    """Images and masks as tensors; raises ValueError unless they fit together and are at least so many."""
+    if len(images) != len(masks) or len(images) < least or images.shape[-2:] != masks.shape[-2:]:
+        raise ValueError(f"masks: expected one for each of at least {least} images {images.shape}, got {masks.shape}")
+    return torch.from_numpy(np.array(images)), torch.from_numpy(np.array(masks))
+
+
 def evaluate_points(
     model: nn.Module,
     images: UInt8[np.ndarray, "n 3 H W"],
@@ -165,9 +259,7 @@ def evaluate_points(
     standard error of its mean over the images.
     Raises ValueError where images and masks do not fit together, KeyError for a layer that is not there.
     """
-    if len(images) != len(masks) or len(images) < 2 or images.shape[-2:] != masks.shape[-2:]:
-        raise ValueError(f"masks: expected one for each of at least 2 images {images.shape}, got {masks.shape}")
-    images, masks = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(masks))
+    images, masks = as_tensors(images, masks, 2)
     rows, correct = [], 0
     for i in range(len(images)):
         t = trace(model, normalise(images[i]))
@@ -191,4 +283,95 @@ def evaluate_points(
     ratios = {name: layer.get("points_ratio", layer["attention_ratio"]) for name, layer in result["layers"].items()}
     if ratios:
         result["best"] = max(ratios, key=ratios.get)
+    return result
+
+
+def measure_groups(record: Record, masks: Bool[Tensor, "n L"], i: int) -> dict[str, list[float]]:
+    """All measures of a layer's groups in the i-th image, head by head; masks: of all images, on the layer's map."""
+    other = torch.arange(len(masks)) != i
+    limit = min(1.0, int(masks[i].sum()) / record.selected.shape[-1])
+    heads = []
+    for groups, selected in zip(record.groups, record.selected, strict=True):
+        nmi, (keys, keys_off) = mutual_information(groups, masks), keys_shares(groups, selected, masks)
+        heads.append(
+            {
+                "nmi": float(nmi[i]),
+                "nmi_other": float(nmi[other].mean()),
+                "keys": float(keys[i]),
+                "keys_other": float(keys[other].nanmean()),
+                "keys_off": float(keys_off[i]),
+                "keys_off_other": float(keys_off[other].nanmean()),
+                "keys_limit": limit,
+                "groups": float(entropy(torch.bincount(groups).double()).exp()),
+            }
+        )
+    return {kind: [head[kind] for head in heads] for kind in heads[0]} | {"distance": distances(record)}
+
+
+def evaluate_groups(
+    model: nn.Module,
+    images: UInt8[np.ndarray, "n 3 H W"],
+    masks: Bool[np.ndarray, "n H W"],
+    labels: Int[np.ndarray, " n"] | None = None,
+    *,
+    choice: int | None = None,
+    bar: tqdm | None = None,
+) -> dict:
+    """How well the groups of a model's dynamic group layers tell where the object is, over a set of images with masks.
+
+    choice: the first so many images (None: a fifth) choose heads; only the others are measured. bar: gets an update for
+    each image. Returns
+
+        n, choice      how many images are measured, and how many choose
+        area           the mean share of an image that the object covers
+        accuracy       with `labels`
+        chosen         {rule: [layer, head]}: "nmi", where it is largest; "keys", where `keys` exceeds `keys_off` most,
+                       as the paper describes it
+        layers         by name: `chosen`, {rule: head} within the layer, and with a value for every head
+            nmi            normalised mutual information of groups and object (cells covered by more than half)
+            keys           share of the selected keys that lie on the object, mean over the queries on the object
+            keys_off       the same over the queries that are not
+            keys_limit     the most that `keys` could be: where there are more keys than cells of the object
+            distance       mean distance from a query to its keys, in sides of the image
+            groups         number of groups of the same size that would be as uneven: e to the entropy
+
+    and X_other, the mean of X under the masks of the other images, X_se, the standard error of its mean over images.
+    Raises ValueError where images and masks do not fit together, for a wrong choice, or a model without such layers.
+    """
+    images, masks = as_tensors(images, masks, 3)
+    choice = max(1, len(images) // 5) if choice is None else choice
+    if not 0 < choice < len(images) - 1:
+        raise ValueError(f"choice: expected 1 to {len(images) - 2} of {len(images)} images, got {choice}")
+    on_maps, rows, correct = {}, [], 0
+    for i in range(len(images)):
+        t = trace(model, normalise(images[i]))
+        records = t.of_kind("dynamic_group")
+        if not records:
+            raise ValueError(f"model: expected one with dynamic group layers, got {type(model).__name__}")
+        row = {}
+        for record in records:
+            if record.query_shape not in on_maps:
+                on_maps[record.query_shape] = on_map(record, masks)
+            row[record.name] = measure_groups(record, on_maps[record.query_shape], i)
+        rows.append(row)
+        correct += i >= choice and labels is not None and int(t.logits.argmax()) == int(labels[i])
+        if bar is not None:
+            bar.update()
+
+    n = len(images) - choice
+    result: dict = {"n": n, "choice": choice, "area": float(masks[choice:].float().mean()), "layers": {}}
+    if labels is not None:
+        result["accuracy"] = correct / n
+    fit = {}
+    for name, measures in rows[0].items():
+        values = {kind: np.array([row[name][kind] for row in rows]) for kind in measures}  # (images, heads)
+        rules = {"nmi": values["nmi"], "keys": values["keys"] - values["keys_off"]}
+        fit[name] = {rule: np.nanmean(value[:choice], axis=0) for rule, value in rules.items()}
+        layer = {kind: np.nanmean(value[choice:], axis=0).tolist() for kind, value in values.items()}
+        for kind in ("nmi", "keys", "keys_off"):
+            counted = np.isfinite(values[kind][choice:]).sum(axis=0)
+            layer[f"{kind}_se"] = (np.nanstd(values[kind][choice:], axis=0, ddof=1) / counted**0.5).tolist()
+        result["layers"][name] = layer | {"chosen": {rule: int(value.argmax()) for rule, value in fit[name].items()}}
+    best = {rule: max(fit, key=lambda name, rule=rule: fit[name][rule].max()) for rule in ("nmi", "keys")}
+    result["chosen"] = {rule: [name, result["layers"][name]["chosen"][rule]] for rule, name in best.items()}
     return result

@@ -14,13 +14,15 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 ORANGE, BLUE, RED, INK, GREY, PAPER = "#F28E00", "#38A8F0", "#E8112D", "#222222", "#555555", "white"
-GROUPS = (ORANGE, BLUE)  # of offset groups
+GREEN, YELLOW, PURPLE, NAVY, RUST = "#00B07C", "#F0E442", "#CC79A7", "#0072B2", "#A8480A"
+GROUPS = (ORANGE, BLUE, GREEN, YELLOW, PURPLE, NAVY, RUST, INK)  # of queries, or of offsets
 WIDTH = 12.0
 DPI = 160
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
@@ -48,21 +50,24 @@ def sheet(
     column_labels: Sequence[str] = (),
     aspect: float = 1.0,
     together: int = 1,
+    gap: float = GAP,
     plots: int = 0,
 ) -> Sheet:
     """A sheet, from top to bottom: title, column labels, rows x columns empty panels, plots, key, measures, caption.
 
     measures: drawn as `compare` draws them. aspect: a panel's height over its width. together: so many columns stand
-    close, apart from the next. plots: as wide as all panels; their x is the number of the column.
+    close, counted from the right, apart from the next. gap: between panels. plots: as wide as all panels; their x is
+    the number of the column.
     """
     wrapped = textwrap.wrap(caption, 138, break_on_hyphens=False)
     left = 1.2 if plots else 0.7 if row_labels else EDGE
-    gaps = np.array([0.0] + [3 * GAP if together > 1 and j % together == 0 else GAP for j in range(1, columns)])
+    apart = [together > 1 and (columns - j) % together == 0 for j in range(1, columns)]
+    gaps = np.array([0.0] + [3 * GAP if one else gap for one in apart])
     panel = min((WIDTH - left - EDGE - gaps.sum()) / columns, 5.5 / aspect)
     width = columns * panel + gaps.sum()
     left += (WIDTH - left - EDGE - width) / 2
     x = left + np.arange(columns) * panel + gaps.cumsum()
-    y = (0.7 + 0.35 * bool(column_labels)) + np.arange(rows) * (panel * aspect + GAP)
+    y = (0.7 + 0.35 * bool(column_labels)) + np.arange(rows) * (panel * aspect + gap)
     plots_at = y[-1] + panel * aspect + 0.15 * bool(plots)
     key_at = plots_at + plots * PLOT
     measures_at = key_at + KEY
@@ -107,15 +112,17 @@ def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
         "other seeds": dict(marker="o", markersize=6, color=ORANGE, markeredgecolor=INK, zorder=6),
         "random weights": dict(marker="o", markersize=8, color=PAPER, markeredgecolor=INK, zorder=3),
         "another image's mask": dict(marker="x", markersize=8, color=BLUE, markeredgewidth=2, zorder=4),
+        "window of as many keys": dict(marker="s", markersize=8, color=PAPER, mec=BLUE, markeredgewidth=2, zorder=4),
+        "most possible": dict(marker="|", markersize=15, color=INK, markeredgewidth=2, zorder=4),
     }
     rows, marks = np.arange(len(measures))[::-1], {}
     for row, one in zip(rows, measures, strict=True):
         seeds, random = (list(one.get(key, {}).values()) for key in ("other_seeds", "random"))
-        values = dict(zip(kinds, ([one["trained"]], seeds, random, [one["other"]]), strict=True))
+        other, window, limit = ([one[key]] if one.get(key) is not None else [] for key in ("other", "window", "limit"))
+        values = dict(zip(kinds, ([one["trained"]], seeds, random, other, window, limit), strict=True))
         ax.plot([0, 1], [row, row], color="#DDDDDD", linewidth=1, zorder=1)
-        ax.plot(
-            [max(*random, one["other"]), one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2
-        )
+        nearest = min([*random, *other, *window], key=lambda value: abs(value - one["trained"]))
+        ax.plot([nearest, one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2)
         for kind, numbers in values.items():
             if numbers:
                 (marks[kind],) = ax.plot(numbers, [row] * len(numbers), linestyle="none", **kinds[kind])
@@ -127,6 +134,9 @@ def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     place = dict(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=len(marks), frameon=False, borderaxespad=0.1)
+    if len(marks) > 4:  # too long for the axes: over the whole sheet
+        left, _, width, _ = ax.get_position().bounds
+        place |= dict(bbox_to_anchor=((0.5 - left) / width, 1.0), columnspacing=1.0)
     kinds = [kind for kind in kinds if kind in marks]
     ax.legend([marks[kind] for kind in kinds], kinds, fontsize=SMALL + 1, handletextpad=0.2, **place)
 
@@ -205,6 +215,51 @@ def lines(ax: Axes, start: Float[np.ndarray, "n 2"], end: Float[np.ndarray, "n 2
     ax.add_collection(LineCollection(segments, colors=colour, linewidths=1.0, alpha=0.85, zorder=3))
 
 
+def squares(
+    ax: Axes, cells: Bool[np.ndarray, "h w"], stride: tuple[float, float], colour: str, *, alpha: float = 0.6
+) -> None:
+    """Cells of a map as one region, below the object's outline: translucent, with an edge around it."""
+    h, w = cells.shape
+    rows, cols = (np.arange(n + 1) * side - 0.5 for n, side in ((h, stride[0]), (w, stride[1])))
+    limits = ax.get_xlim(), ax.get_ylim()
+    ax.pcolormesh(cols, rows, np.where(cells, 1.0, np.nan), cmap=ListedColormap([colour]), alpha=alpha, zorder=1.5)
+    padded = np.pad(cells, 1)
+    down, across = (np.argwhere(np.diff(padded, axis=axis)) for axis in (0, 1))
+    edges = [[(cols[j - 1], rows[i]), (cols[j], rows[i])] for i, j in down]
+    edges += [[(cols[j], rows[i - 1]), (cols[j], rows[i])] for i, j in across]
+    ax.add_collection(LineCollection(edges, colors=INK, linewidths=1.0, capstyle="round", zorder=1.6))
+    ax.set(xlim=limits[0], ylim=limits[1])
+
+
+def keys(
+    ax: Axes, xy: Float[np.ndarray, "n 2"], share: Float[np.ndarray, " n"], stride: tuple[float, float], colour: str
+) -> None:
+    """Cells of a map, each a square whose area is its share; the largest fills its cell, the smallest stays visible."""
+    side = 0.94 * np.sqrt(np.maximum(share / share.max(), 0.12))[:, None] * np.array(stride[::-1])
+    places = [Rectangle(corner, *size) for corner, size in zip(xy - side / 2, side, strict=True)]
+    ax.add_collection(PatchCollection(places, facecolor=colour, edgecolor=INK, linewidth=0.5, alpha=0.9, zorder=4))
+
+
+def box(sheet: Sheet, panels: Sequence[Axes], colour: str) -> None:
+    """A dashed box around panels that belong together."""
+    places = [panel.get_position() for panel in panels]
+    low = np.min([[place.x0, place.y0] for place in places], axis=0)
+    high = np.max([[place.x1, place.y1] for place in places], axis=0)
+    margin = 0.55 * GAP / sheet.figure.get_size_inches()
+    sheet.figure.add_artist(
+        Rectangle(
+            low - margin,
+            *(high - low + 2 * margin),
+            fill=False,
+            linewidth=2.4,
+            edgecolor=colour,
+            linestyle=(0, (4, 2)),
+            transform=sheet.figure.transFigure,
+            zorder=10,
+        )
+    )
+
+
 def star(ax: Axes, x: float, y: float) -> None:
     """A query."""
     ax.plot(x, y, marker="*", markersize=21, color=RED, markeredgecolor=PAPER, markeredgewidth=1.3, zorder=7)
@@ -219,14 +274,33 @@ def frame(ax: Axes, xy: Float[np.ndarray, "n 2"], stride: tuple[float, float]) -
         ax.add_patch(box)
 
 
-def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_zero: bool = False) -> None:
-    """Values over the columns, with error bars and each value beside its dot."""
+def series(
+    ax: Axes,
+    value: np.ndarray,
+    error: np.ndarray,
+    name: str,
+    *,
+    from_zero: bool = False,
+    each: Sequence[Sequence[float]] = (),
+) -> None:
+    """Values over the columns, with error bars and each value beside its dot.
+
+    each: what a value is the mean of; such values are not joined by a line, and stand above their bars.
+    """
     x = np.arange(len(value))
-    ax.errorbar(x, value, error, color=INK, marker="o", markersize=9, linewidth=1.6, capsize=4, mfc=ORANGE, zorder=3)
+    line = dict(linestyle="none") if each else dict(linewidth=1.6)
+    ax.errorbar(x, value, error, color=INK, marker="o", markersize=9, capsize=4, mfc=ORANGE, zorder=3, **line)
+    for i, values in enumerate(each):
+        place = i - 0.06 + 0.02 * np.arange(-len(values), 0)  # beside the error bar
+        ax.plot(place, values, linestyle="none", marker="o", markersize=6, color=ORANGE, mec=INK, zorder=2)
     for i, number in zip(x, value, strict=True):
         text = f"{number:.1f}" if value.max() > 1 else f"{number:.2f}"
-        ax.annotate(text, (i, number), (9, 9), textcoords="offset points", fontsize=SMALL + 1, color=INK)
-    low, high = (value - error).min(), (value + error).max()
+        place = (
+            dict(xy=(i, number + error[i]), xytext=(0, 4), ha="center") if each else dict(xy=(i, number), xytext=(9, 9))
+        )
+        ax.annotate(text, textcoords="offset points", fontsize=SMALL + 1, color=INK, **place)
+    reached = np.concatenate([value - error, value + error, *each])
+    low, high = reached.min(), reached.max()
     bottom = 0 if from_zero else low
     height = (high - bottom) or 1  # all the same
     ax.set_ylim(0 if from_zero else low - 0.25 * height, high + 0.35 * height)
@@ -235,10 +309,13 @@ def series(ax: Axes, value: np.ndarray, error: np.ndarray, name: str, *, from_ze
 
 
 def baseline(ax: Axes, value: np.ndarray, name: str) -> None:
-    """A null beside a series."""
-    ax.plot(range(len(value)), value, color=BLUE, linestyle="--", marker="o", markersize=4, linewidth=1.4)
-    place = dict(textcoords="offset points", ha="center", va="top", fontsize=SMALL + 1, color=GREY)
-    ax.annotate(name, (len(value) - 1, value[-1]), (0, -6), **place)
+    """A null beside a series, its name between the last two columns."""
+    ax.plot(range(len(value)), value, color=BLUE, linestyle="--", marker="o", markersize=4, linewidth=1.4, zorder=2)
+    low, high = ax.get_ylim()
+    x, y = len(value) - 1.5 if len(value) > 1 else 0, value[-2:].mean()
+    up = y < low + 0.25 * (high - low)  # there is no room below
+    place = dict(textcoords="offset points", ha="center", fontsize=SMALL + 1, color=GREY, va="bottom" if up else "top")
+    ax.annotate(name, (x, y), (0, 6 if up else -6), **place)
 
 
 def edge_mark() -> Line2D:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from dynattn.models.registry import check_name
 from dynattn.official import model_from
 from dynattn.tracing import trace
 
-from .measures import evaluate_points
+if TYPE_CHECKING:
+    from .drawing import Paper
 
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
-RANDOM, ZERO, SEED = "random weights", "random weights, offsets of zero", "seed "
+RANDOM, SEED = "random weights", "seed "
 CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
 
@@ -48,15 +49,15 @@ class Subject:
         return list(self.story.get("classes", ())) == list(CLASSES)
 
 
-def load_subject(file: str | Path | None = None, name: str | None = None, *, shipped: str = "dat_mini") -> Subject:
-    """The model of a checkpoint file, or the one that ships under `name` (default: `shipped`).
+def load_subject(file: str | Path | None = None, name: str | None = None) -> Subject:
+    """The model of a checkpoint file, or the one that ships under `name`.
 
     Raises FileNotFoundError, ValueError where there is no such checkpoint, or where it is of another model than `name`.
     """
     if name is not None:
         check_name(name)
     own = file is None
-    file = weights.path(name or shipped) if own else Path(file)
+    file = weights.path(name) if own else Path(file)
     found, model = model_from(file)
     if name not in (None, found):
         raise ValueError(f"model: expected {found}, which is what {file} holds, got {name!r}")
@@ -133,6 +134,7 @@ def own_picture(file: str | Path, size: tuple[int, int]) -> Picture:
 class Setting:
     """All that the figures of one run share; a network is measured once, when a figure first asks for it."""
 
+    paper: "Paper"
     subject: Subject
     image: Any = None
     seed: int = 0
@@ -169,29 +171,23 @@ class Setting:
 
     @cached_property
     def twins(self) -> dict[str, nn.Module]:
-        """Random networks like the subject: as it starts training and, where that is with offsets of zero, without."""
-        start = self.twin(self.subject)
-        record = trace(start, torch.zeros(3, *self.subject.size)).of_kind("deformable")[0]
-        if not torch.equal(*torch.broadcast_tensors(record.points, record.references)):
-            return {RANDOM: start}
-        return {RANDOM: self.twin(self.subject, offset_zero_init=False), ZERO: start}
+        """Random networks like the subject."""
+        return self.paper.twins(self)
 
     def check(self) -> None:
-        """Raise unless the image can be read and the model has deformable layers."""
-        if self.own is None:
-            blank = torch.zeros(3, *self.subject.size)
-        if not trace(self.subject.model, self.own.x if self.own else blank).of_kind("deformable"):
-            raise ValueError(f"weights: expected a model with deformable layers, got {self.subject.name}")
+        """Raise unless the image can be read and the model has layers of the paper's kind."""
+        x = self.own.x if self.own else torch.zeros(3, *self.subject.size)
+        if not trace(self.subject.model, x).of_kind(self.paper.kind):
+            kind = self.paper.kind.replace("_", " ")
+            raise ValueError(f"weights: expected a model with {kind} layers, got {self.subject.name}")
 
-    def evaluation(
-        self, network: str, model: nn.Module, layers: Sequence[str] | None = None, count: int | None = None
-    ) -> dict:
-        """`evaluate_points` of a network on the first `count` test images, once for each name of a network."""
+    def evaluation(self, network: str, model: nn.Module, count: int | None = None, **options) -> dict:
+        """The paper's evaluation of a network on the first `count` test images, once for each name of a network."""
         if network not in self.measured:
             images, labels, masks = (part[: count or self.count] for part in self.test_set)
             if self.bar is not None:
                 self.bar.set_description(network)
-            self.measured[network] = evaluate_points(model, images, masks, labels, layers=layers, bar=self.bar)
+            self.measured[network] = self.paper.evaluate(model, images, masks, labels, bar=self.bar, **options)
         return self.measured[network]
 
     @cached_property

@@ -58,6 +58,15 @@ RECIPES = {
         )
         for G, k in ((8, 64), (4, 64), (8, 32))
     },
+    # the first of these where objects are textured and pieces of others lie about: where groups find no object
+    "dgt_cluttered": Recipe(
+        "dgt_mini",
+        SWEEP | {"groups": 8, "keys": (64, 16)},
+        level="cluttered",
+        size=64,
+        steps=800,
+        centroid_pace=250.0,
+    ),
 }
 
 

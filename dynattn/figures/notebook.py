@@ -1,0 +1,86 @@
+"""What the notebooks share: computed text and tables, figures in a tenth of the bytes, the library's own code.
+
+    from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, shipped, show, source, table
+
+Needs the extra `notebooks` (IPython).
+"""
+
+import inspect
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+
+import matplotlib.pyplot as plt
+import PIL.Image
+import torch
+from IPython.display import Image, Markdown, display
+from jaxtyping import Float
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dynattn import verify
+
+from . import style
+
+INKS = [style.ORANGE, style.BLUE, "#009E73", "#CC79A7", style.GREY]  # Okabe and Ito: all colour vision tells them apart
+HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
+JPEG = {"format": "jpeg", "pil_kwargs": {"quality": 88}}
+
+
+def set_up(seed: int = 0) -> None:
+    """The same numbers and looks in every notebook."""
+    torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+    torch.manual_seed(seed)
+    plt.rcParams.update({"figure.dpi": 90, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+
+
+def say(text: str) -> None:
+    """Markdown with computed numbers in it."""
+    display(Markdown(text))
+
+
+def table(head: Sequence, rows: Iterable[Sequence]) -> None:
+    """A table of computed numbers."""
+    say("\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)))
+
+
+def source(*things: Callable | type) -> None:
+    """The library's own code."""
+    say("\n".join(f"```python\n{inspect.getsource(thing)}```" for thing in things))
+
+
+def show(figure: Figure, dpi: int = 90) -> None:
+    """A figure of photographs, as JPEG: a fifth of the size."""
+    plt.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi, bbox_inches="tight", **JPEG)
+    display(Image(picture.getvalue()))
+
+
+def shipped(file: str | PathLike, side: int = 1150) -> None:
+    """A picture from a file, smaller."""
+    small, picture = io.BytesIO(), PIL.Image.open(file).convert("RGB")
+    picture.thumbnail((side, side))
+    picture.save(small, format="jpeg", quality=85)
+    display(Image(small.getvalue()))
+
+
+def agree(
+    operation: Callable, arguments: Mapping, forms: Sequence[str] = ("torch",), judge: str = "loops", **options
+) -> None:
+    """Forms of an operation against the loops in float64, output and every gradient: asserted, and by how much."""
+    found = {form: verify.answer(partial(operation, impl=form), arguments, options) for form in (judge, *forms)}
+    rows = []
+    for name, want in found[judge].items():
+        apart = [float((found[form][name] - want).abs().max() / want.abs().max()) for form in forms]
+        assert max(apart) < 1e-10
+        rows.append((name, *(f"{a:.1e}" for a in apart)))
+    table((f"largest relative difference from {judge}", *forms), rows)
+
+
+def normal(*shape: int) -> Float[Tensor, "..."]:
+    """Normal numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64)
