@@ -10,7 +10,6 @@
 # The tour takes five minutes. It runs on a laptop without a network, and every number in it comes from the cell above.
 
 # %%
-import inspect
 import io
 import json
 from functools import partial
@@ -20,9 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 import torch
-from IPython.display import Image, Markdown, display
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from IPython.display import Image, display
 
 import dynattn
 from dynattn import cost, ops, verify, weights
@@ -30,29 +27,13 @@ from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
 from dynattn.figures.dat import draw_query, queries
 from dynattn.figures.measures import attention_share, others, points_share, references_share, under
+from dynattn.figures.notebook import HEAT, say, set_up, show, source
 from dynattn.figures.subjects import test_picture
 from dynattn.training import get_recipe
 from dynattn.widgets import Lens
 
-torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
-plt.rcParams.update({"figure.dpi": 100, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
-
-
-HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
-
-
-def say(text: str) -> None:
-    """Text with computed numbers in it."""
-    display(Markdown(text))
-
-
-def show(figure: Figure) -> None:
-    """A figure of photographs, as JPEG: a fifth of the size."""
-    plt.close(figure)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="jpeg", dpi=90, bbox_inches="tight", pil_kwargs={"quality": 88})
-    display(Image(picture.getvalue()))
-
+set_up()
+plt.rcParams["figure.dpi"] = 100
 
 # %% [markdown]
 # ## One idea
@@ -71,8 +52,9 @@ def show(figure: Figure) -> None:
 # | spatial reduction (PVT) | all tokens of a coarser map | nothing | `mechanisms/baselines.py` |
 # | **deformable (DAT)** | a few points between tokens, the same for all | the image | `mechanisms/deformable.py` |
 # | Deformable-DETR's | a few points of its own | the query | `mechanisms/deformable_detr.py` |
+# | **dynamic groups (DGT)** | keys that its group selected | queries alike | `mechanisms/dynamic_group.py` |
 #
-# Here is the same small network six times, with one attention layer each and random weights. `trace` runs it on an
+# Here is the same small network with one attention layer of each kind and random weights. `trace` runs it on an
 # image and keeps a record of the layer: what a query reads, and the matrix.
 
 # %%
@@ -101,7 +83,11 @@ for name, options in MECHANISMS.items():
             part.weight.mul_(4) if isinstance(part, torch.nn.Linear) else None
     (records[name],) = dynattn.trace(network, scene)
 
-figure, axes = plt.subplots(2, 6, figsize=(15, 5.3), layout="constrained")
+torch.manual_seed(1)
+network = dynattn.create_model("dgt_mini", img_size=SIDE, depths=(1, 1), dims=(32, 64), heads=(2, 4), groups=6, keys=32)
+records["dynamic groups"] = dynattn.trace(network, scene).of_kind("dynamic_group")[0]
+
+figure, axes = plt.subplots(2, 7, figsize=(16, 4.9), layout="constrained")
 for column, (name, record) in zip(axes.T, records.items(), strict=True):
     column[0].set_title(name)
     style.photograph(column[0], sharp, (SIDE, SIDE))
@@ -119,6 +105,7 @@ show(figure)
 # Above: what the query at the star reads. Below: $A_\text{eff}$, dark where the weight is large (square root, so that
 # small ones show), the star's row in red. A window is a block on the diagonal. DAT's points are the same for all
 # queries, so its matrix has **columns**; in Deformable-DETR every query has points of its own, which gives diagonals.
+# DGT's matrix has columns as well, others for each group of queries.
 #
 # That the matrix explains the layer is not a figure of speech:
 
@@ -257,14 +244,14 @@ for ax, (r, c), title in zip(axes, [(row, col), far], ["a query on the object", 
 show(figure)
 
 # %% [markdown]
-# ## Dense, window, deformable
+# ## Dense, window, deformable, groups
 #
-# `vit_mini` and `swin_mini` ship beside `dat_mini`: about as many parameters, one recipe, the same images. What differs
-# is what a query may read. Each is shown by one of its layers on the map of `16 × 16` tokens: the one with most
-# attention on the object, relative to another image's mask. That is its best layer, not a typical one.
+# `vit_mini`, `swin_mini` and `dgt_mini` ship beside `dat_mini`: about as many parameters, one recipe, the same images.
+# What differs is what a query may read. Each is shown by one of its layers on the map of `16 × 16` tokens: the one with
+# most attention on the object, relative to another image's mask. That is its best layer, not a typical one.
 
 # %%
-KINDS = {"vit_mini": "dense", "swin_mini": "window", "dat_mini": "deformable"}
+KINDS = {"vit_mini": "dense", "swin_mini": "window", "dat_mini": "deformable", "dgt_mini": "dynamic_group"}
 COUNT, WIDE = 24, 512  # test images that are measured; the side of a large image
 
 models = {name: dynattn.create_model(name, pretrained=True) for name in KINDS}
@@ -313,10 +300,10 @@ say(
 # Two queries, placed by the mask alone: the object's pixel nearest to its middle, and one as far from it as can be.
 
 # %%
-figure, axes = plt.subplots(2, 3, figsize=(12, 8.6), layout="constrained")
+figure, axes = plt.subplots(2, 4, figsize=(15, 8.1), layout="constrained")
 for column, name in zip(axes.T, KINDS, strict=True):
     record = traces[name][SCENE][shown[name]]
-    column[0].set_title(f"{KINDS[name]}: {name}", fontsize=17)
+    column[0].set_title(f"{KINDS[name].replace('_', ' ')}: {name}", fontsize=15)
     for ax, place in zip(column, (on, off), strict=True):
         style.photograph(ax, pictures[SCENE].shown, (128, 128))
         style.outline(ax, pictures[SCENE].mask, (128, 128))
@@ -352,14 +339,14 @@ say(
 
 # %%
 figure, ax = plt.subplots(figsize=(11, 3.8), layout="constrained")
-for name, colour, marker in zip(KINDS, (style.INK, style.BLUE, style.ORANGE), "osD", strict=True):
+for name, colour, marker in zip(KINDS, (style.INK, style.BLUE, style.ORANGE, "#009E73"), "osD^", strict=True):
     attention, chance = np.array(list(found[name].values())).T
     depth = (np.arange(len(attention)) + 0.5) / len(attention)
     ax.plot(depth, chance, color=colour, linestyle=":")
     ax.plot(depth, attention, color=colour)
     for x, y, record in zip(depth, attention, traces[name][SCENE], strict=True):
         tokens = record.query_shape[0] * record.query_shape[1]
-        anywhere = record.kind == "deformable" or len(record.keys(*on).weight) == tokens
+        anywhere = record.kind in ("deformable", "dynamic_group") or len(record.keys(*on).weight) == tokens
         ax.plot(x, y, marker, markersize=10, color=colour if anywhere else style.PAPER, markeredgecolor=colour)
     place = dict(textcoords="offset points", va="center", color=colour, fontsize=13)
     ax.annotate(name, (depth[-1], attention[-1]), (12, 0), **place)
@@ -370,7 +357,8 @@ ax.spines[["top", "right"]].set_visible(False)
 plt.close(figure)
 display(figure)
 
-assert accuracy["vit_mini"] > accuracy["dat_mini"] > accuracy["swin_mini"]
+assert macs["vit_mini"] == max(macs.values()) and wide["vit_mini"] > 5 * sorted(wide.values())[-2]
+assert accuracy["dgt_mini"] > accuracy["vit_mini"] > accuracy["dat_mini"] > accuracy["swin_mini"]
 assert max(own for layer, (own, _) in found["swin_mini"].items() if "layers.2" not in layer) < 0.25
 moved = [
     f"`{record.name}` {on_average(points_share, 'dat_mini', record.name, own):.0%} "
@@ -382,17 +370,20 @@ say(f"Points of `dat_mini` that lie on the object (of the grid that they start f
 # %% [markdown]
 # Filled: a query may read from the whole map, also in the last layers of Swin and DAT, where one window is the map.
 #
-# - **Dense** attention reads everything, and is the most accurate here. But every query pays for every token: about
-#   twice the multiply-adds of the others, and many times as many in a larger image.
+# - **Dense** attention reads everything. But every query pays for every token: the most multiply-adds of all, and many
+#   times as many as the others' in a larger image.
 # - **Windows** (of a shifted layer, smaller at the rim) cost least as images grow, and the query in the background
 #   cannot read an object outside its own. Swin finds it only where one window has become the whole map.
 # - **Deformable** attention reads as few keys as a window holds, but from anywhere, and finds the object a stage before
 #   Swin does. Its points have hardly gathered there, on the coarser map a little more: mostly it is the weights that
 #   choose among them. As its grid has a fixed stride, points grow in number with the image, and so does the cost.
+# - **Dynamic groups** read a fixed number of keys from anywhere, other ones for each group of queries, and are the most
+#   accurate here, with one seed of each network and convolutions of their own in every block (the paper's). Their cost
+#   grows with the number of queries alone; what grows faster in `dgt_mini` is its last stage, which is dense.
 #
 # ## The lens
 #
-# The same three, live: click a pixel or take the arrow keys, choose layers and heads, fade from attention to rollout.
+# The same four, live: click a pixel or take the arrow keys, choose layers and heads, fade from attention to rollout.
 # Without a kernel you see its picture. `lens.save("lens.html")` writes a page that answers clicks with no kernel and no
 # network.
 
@@ -433,8 +424,8 @@ say(f"`dynattn.list_models()`: {', '.join(f'`{name}`' for name in dynattn.list_m
 #
 # ## The figures
 #
-# `dynattn figures` draws the paper's figures four to seven and measures each beside what random weights give, and the
-# mask of another image. `dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth` draws them for a photograph
+# `dynattn figures` draws the papers' figures and measures each beside what random weights give, and the mask of another
+# image. `dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth` draws them for a photograph
 # and a checkpoint of yours. These are the shipped ones, in small:
 
 # %%
@@ -443,10 +434,10 @@ entries = json.loads((gallery / "conditions.json").read_text())
 pictures = [PIL.Image.open(gallery / entry["file"]).convert("RGB") for entry in entries]
 for picture in pictures:
     picture.thumbnail((640, 900))
-heights = [max(pair.height for pair in pictures[i : i + 2]) for i in (0, 2)]
-wall = PIL.Image.new("RGB", (2 * 640 + 40, sum(heights) + 40), "white")
+heights = [40 + max(pair.height for pair in pictures[i : i + 2]) for i in range(0, len(pictures), 2)]
+wall = PIL.Image.new("RGB", (2 * 640 + 40, sum(heights)), "white")
 for i, picture in enumerate(pictures):
-    wall.paste(picture, (i % 2 * 680, (i // 2) * (heights[0] + 40)))
+    wall.paste(picture, (i % 2 * 680, sum(heights[: i // 2])))
 small = io.BytesIO()
 wall.save(small, format="jpeg", quality=85)
 display(Image(small.getvalue()))
@@ -456,7 +447,8 @@ for entry in entries:
     for one in entry["measures"]:
         random = " / ".join(f"{value:.2f}" for value in one["random"].values())
         other = "" if one["other"] is None else f"{one['other']:.2f}"
-        rows.append(f"| {entry['figure']} | {one['name']} | {one['trained']:.2f} | {random} | {other} |")
+        where = f"{entry['paper'].upper()} {entry['figure']}"
+        rows.append(f"| {where} | {one['name']} | {one['trained']:.2f} | {random} | {other} |")
 say("\n".join(rows))
 
 # %% [markdown]
@@ -467,7 +459,7 @@ say("\n".join(rows))
 # here, the Triton kernels in the tests.
 
 # %%
-say(f"```python\n{inspect.getsource(dynattn.core.sample_points_loops)}```")
+source(dynattn.core.sample_points_loops)
 for name in verify.operations():
     verify.check(name, getattr(ops, name))  # random cases; raises at the first number that is off
 say(f"Equal to their loops: {', '.join(f'`{name}`' for name in verify.operations())}.")
@@ -498,9 +490,10 @@ except verify.Mismatch as mismatch:
 # %% [markdown]
 # ## Where to go next
 #
-# - [01_dat](01_dat.ipynb): the paper from its first equation to its last figure, with the places where text and code
-#   part.
-# - `dynattn/mechanisms/deformable.py`: the mechanism in one file, to be read top to bottom beside the paper.
+# - [01_dat](01_dat.ipynb), [04_dgt](04_dgt.ipynb): a paper each, from its first equation to its last figure, with the
+#   places where it contradicts itself or its code.
+# - `dynattn/mechanisms/deformable.py`, `dynamic_group.py`: a mechanism in one file, to be read top to bottom beside the
+#   paper.
 # - `Lens(your_model, "photo.jpg")`: models of timm's, too.
 # - `dynattn check answers.py`: write the operations yourself, in a file, and have them checked; the command says where
 #   and why one is wrong.

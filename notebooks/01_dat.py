@@ -25,12 +25,9 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
-import PIL.Image
 import torch
 from einops import rearrange
-from IPython.display import Image, Markdown, display
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from IPython.display import Image, display
 from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +39,7 @@ from dynattn.data import Shapes
 from dynattn.figures import dat as paper_figures
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_points, propagate
+from dynattn.figures.notebook import INKS, agree, normal, say, set_up, shipped, show, source, table
 from dynattn.figures.subjects import sample_picture, test_picture
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
@@ -50,51 +48,7 @@ from dynattn.models.layers import Block
 from dynattn.verify.mistakes import MISTAKES
 from dynattn.widgets import Lens
 
-torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
-torch.manual_seed(0)
-plt.rcParams.update({"figure.dpi": 90, "font.size": 12, "axes.titlesize": 13, "text.color": style.INK})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-INKS = [style.ORANGE, style.BLUE, "#009E73", "#CC79A7", "#555555"]  # Okabe and Ito: all colour vision tells them apart
-HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
-
-
-def say(text: str) -> None:
-    """Text with computed numbers in it."""
-    display(Markdown(text))
-
-
-def table(head: tuple, rows) -> None:
-    """A table of computed numbers."""
-    say("\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)))
-
-
-def source(*things) -> None:
-    """The library's own code."""
-    say("\n".join(f"```python\n{inspect.getsource(thing)}```" for thing in things))
-
-
-def show(figure: Figure) -> None:
-    """A figure of photographs, as JPEG: a fifth of the size."""
-    plt.close(figure)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="jpeg", dpi=90, bbox_inches="tight", pil_kwargs={"quality": 88})
-    display(Image(picture.getvalue()))
-
-
-def agree(operation, arguments: dict, forms=("torch",), judge="loops", **options) -> None:
-    """Forms against the loops in float64, output and every gradient: asserted, then by how much they differ."""
-    found = {form: verify.answer(partial(operation, impl=form), arguments, options) for form in (judge, *forms)}
-    rows = []
-    for name, want in found[judge].items():
-        apart = [float((found[form][name] - want).abs().max() / want.abs().max()) for form in forms]
-        assert max(apart) < 1e-10
-        rows.append((name, *(f"{a:.1e}" for a in apart)))
-    table((f"largest relative difference from {judge}", *forms), rows)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
+set_up()
 
 # %% [markdown]
 # ## Why: what a query reads
@@ -1158,7 +1112,8 @@ table(("", "the text says", "the code does", "consequence", "ours"), [(i, *row) 
 
 # %%
 gallery = Path("../figures")
-recorded = {entry["figure"]: entry for entry in json.loads((gallery / "conditions.json").read_text())}
+entries = json.loads((gallery / "conditions.json").read_text())
+recorded = {entry["figure"]: entry for entry in entries if entry["paper"] == "dat"}
 story = weights.read(weights.path("dat_mini"))[1]
 drawn_with = recorded[5]["weights"][0]
 same = all(story[key] == drawn_with.get(key) for key in ("command", "accuracy"))
@@ -1201,17 +1156,8 @@ say(
 # %% [markdown]
 # **Figure 4.** How far may points go? One small network for each range $s$.
 
-
 # %%
-def shipped(number: int) -> None:
-    """A figure as `dynattn figures` drew it, smaller."""
-    small, file = io.BytesIO(), PIL.Image.open(gallery / recorded[number]["file"]).convert("RGB")
-    file.thumbnail((1150, 1150))
-    file.save(small, format="jpeg", quality=85)
-    display(Image(small.getvalue()))
-
-
-shipped(4)
+shipped(gallery / recorded[4]["file"])
 
 # %% [markdown]
 # **Figure 5.** The most important keys: attention propagated from the output back through the deformable layers. The
@@ -1219,19 +1165,19 @@ shipped(4)
 
 # %%
 source(propagate)
-shipped(5)
+shipped(gallery / recorded[5]["file"])
 
 # %% [markdown]
 # **Figure 6.** The deformed points of both maps, and the grid that they left.
 
 # %%
-shipped(6)
+shipped(gallery / recorded[6]["file"])
 
 # %% [markdown]
 # **Figure 7.** What two queries read, beside a Swin of the same size, trained alike.
 
 # %%
-shipped(7)
+shipped(gallery / recorded[7]["file"])
 
 # %% [markdown]
 # The network has seen shapes only. Here it looks at a photograph, live; `dynattn figures --image` does this for yours.
