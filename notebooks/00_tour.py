@@ -492,8 +492,8 @@ except verify.Mismatch as mismatch:
 #
 # - [01_dat](01_dat.ipynb), [04_dgt](04_dgt.ipynb): a paper each, from its first equation to its last figure, with the
 #   places where it contradicts itself or its code.
-# - `dynattn/mechanisms/deformable.py`, `dynamic_group.py`: a mechanism in one file, to be read top to bottom beside the
-#   paper.
+# - `dynattn/mechanisms/deformable.py`, `dynattn/mechanisms/dynamic_group.py`: a mechanism in one file, to be read top
+#   to bottom beside the paper.
 # - `Lens(your_model, "photo.jpg")`: models of timm's, too.
 # - `dynattn check answers.py`: write the operations yourself, in a file, and have them checked; the command says where
 #   and why one is wrong.

@@ -90,7 +90,7 @@ def test_clutter_hides_the_object(held_out):
     found = evaluate_groups(model, images, masks, np.array([item[1] for item in items]), choice=15)
     layer, head = found["chosen"]["nmi"]
     assert story["accuracy"] >= 0.35
-    assert found["layers"][layer]["nmi"][head] <= 0.25
+    assert found["layers"][layer]["nmi"][head] <= 0.35  # on the easy level the same network has more than .5
 
 
 @pytest.mark.parametrize("name, floor", [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8), ("dgt_mini", 0.8)])

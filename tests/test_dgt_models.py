@@ -242,7 +242,7 @@ def test_every_option_changes_the_answer(options):
 
 @pytest.mark.parametrize("equation", [12, 13, 17])
 def test_a_misprint_of_the_whole_model(equation):
-    """DGT-12 and DGT-13 as printed change the logits, DGT-17 the gradients alone; the right equations are the default."""
+    """DGT-12 and DGT-13 as printed change the logits, DGT-17 the gradients alone; right ones are the default."""
     x, found = deterministic.image(1, 64), []
     for options in ({}, {"variant": "paper"}, {"as_printed": equation}):
         model = small(**options)
@@ -256,7 +256,7 @@ def test_a_misprint_of_the_whole_model(equation):
 
 
 def test_misprints_of_what_does_not_group():
-    with pytest.raises(ValueError, match="as_printed: expected nothing with block='swin'"):
+    with pytest.raises(ValueError, match="as_printed: expected none where block='swin'"):
         dynattn.create_model("dgt_mini", block="swin", as_printed=(12,))
 
 

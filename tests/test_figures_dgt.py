@@ -253,6 +253,10 @@ def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
 def test_measures_of_the_groups(setup):
     """Each network's own head, by the same rule, and of figure 6 in the first stage."""
     third, sixth = draw("dgt", only=[6, 3], out=setup, progress=False)
+    same = third["measures"].pop(4)
+    layers = third["networks"]["dgt_mini"]["layers"].values()
+    assert same["trained"] == np.mean([np.greater(layer["keys"], layer["keys_off"]) for layer in layers])
+    assert f"in {round(4 * same['trained'])} of 4 heads" in third["caption"] and len(same["random"]) == dgt.TWINS
     for entry, kinds in ((third, ("nmi", "nmi", "keys", "keys_off")), (sixth, ("nmi", "keys", "keys_off"))):
         *shares, far = entry["measures"]
         rules = ["nmi" if entry is sixth or i == 1 else "keys" for i in range(len(shares))]

@@ -185,7 +185,7 @@ TESTS = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path != 
 CODE = set().union(*(code_tags(path) for path in FILES))
 PAPERS = {"DAT": (11, "01_dat"), "DGT": (17, "04_dgt")}  # how many equations; the notebook
 EQUATIONS = {f"{paper}-{number}" for paper, (count, _) in PAPERS.items() for number in range(1, count + 1)}
-UNWRITTEN = {"DAT-1", "DAT-4", "DAT-5", "DGT-5", "DGT-6", "DGT-7"}  # named in a docstring, written in the notebook alone
+UNWRITTEN = {"DAT-1", "DAT-4", "DAT-5", "DGT-5", "DGT-6", "DGT-7"}  # named in a docstring, written in the notebook
 
 
 def test_every_equation_is_on_a_line_of_code():

@@ -151,14 +151,13 @@ def rule_of_groups(pictures: Sequence[Picture]) -> str:
     return f"{known}; of photographs without a mask {unknown}" if any(masks) else unknown
 
 
-def same_way(found: dict) -> str:
-    """In how many heads queries on the object have more keys on it than the others, as the paper describes it."""
-    heads = [
-        (keys, off)
+def same_way(found: dict, null: str = "") -> list[bool]:
+    """Of every head whether queries on the object have more keys on it than the others, as the paper describes it."""
+    return [
+        keys > off
         for layer in found["layers"].values()
-        for keys, off in zip(layer["keys"], layer["keys_off"], strict=True)
+        for keys, off in zip(layer[f"keys{null}"], layer[f"keys_off{null}"], strict=True)
     ]
-    return f"{sum(keys > off for keys, off in heads)} of {len(heads)}"
 
 
 def found_by_subject(setting: Setting) -> dict | None:
@@ -177,17 +176,15 @@ def groups(setting: Setting) -> Drawing:
     name, head = choose(traces[0], found, "keys")
     measures = measures_of(setting, "keys", None, traces[0], (name, head))
     if setting.image is None:
-        networks = {key: at_head(one, "nmi", None) for key, one in setting.evaluations().items()}
-        layer, best = setting.trained()["chosen"]["nmi"]
-        nmi = share("nmi", networks, setting.subject.name, "its best head") | {"layer": f"{layer}, head {best}"}
-        measures.insert(1, nmi)
+        measures = of_all_heads(setting, measures)
     G = traces[0][name].selected.shape[1]
-    caption = (
-        f"{name}, head {head}: {chosen_by(found, 'keys')}. Of its {G} groups {rule_of_groups(pictures)}. Area of a "
-        f"key: attention, mean over the group's queries. "
-    )
+    caption = f"{name}, head {head}: {chosen_by(found, 'keys')}"
     if found is not None:
-        caption += f"So it is, by some margin, in {same_way(found)} heads; in the others they have fewer. "
+        heads = same_way(found)
+        caption += f"; they do, by some margin, in {sum(heads)} of {len(heads)} heads, in the others they have fewer"
+    caption += (
+        f". Of its {G} groups {rule_of_groups(pictures)}. Area of a key: attention, mean over the group's queries. "
+    )
     caption += conditions(setting, pictures, measures, MEASURED)
     shown = min(SHOWN, G)
     sheet = style.sheet(
@@ -211,6 +208,24 @@ def groups(setting: Setting) -> Drawing:
     style.key(sheet, [*marks, *object_key(pictures)])
     networks = setting.evaluations() if setting.image is None else {}
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
+
+
+def of_all_heads(setting: Setting, measures: list[dict]) -> list[dict]:
+    """The measures of figure 3 with those beside them that are not of the head that is drawn."""
+    found, name = setting.evaluations(), setting.subject.name
+    layer, head = found[name]["chosen"]["nmi"]
+    best = share("nmi", {key: at_head(one, "nmi", None) for key, one in found.items()}, name, "best head")
+    shares = {
+        key: {
+            "same": float(np.mean(same_way(one))),
+            "same_other": float(np.mean(same_way(one, "_other"))),
+            "same_se": None,
+            "n": one["n"],
+        }
+        for key, one in found.items()
+    }
+    nmi, on, off, far = measures
+    return [nmi, best | {"layer": f"{layer}, head {head}"}, on, off, share("same", shares, name), far]
 
 
 def draw_groups(pairs: Sequence, picture: Picture, record: Record, head: int) -> None:

@@ -21,6 +21,7 @@ NAMES = {
     "nmi": "groups and object (NMI)",
     "keys": "keys on the object, of queries on it",
     "keys_off": "keys on the object, of queries off it",
+    "same": "heads where on it > off it (share)",
 }
 
 

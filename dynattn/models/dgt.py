@@ -180,7 +180,7 @@ class DGT(GroupedModel, Backbone):
         core.positive("head_dim", head_dim)
         core.one_of("block", block, BLOCKS)
         if as_printed and block != "dgt":
-            raise ValueError(f"as_printed: expected nothing with block={block!r}, which groups nothing, got {as_printed}")
+            raise ValueError(f"as_printed: expected none where block={block!r} groups nothing, got {as_printed}")
         check_classes(num_classes)
         check_rate("drop_rate", drop_rate)
         count = check_stages(depths, dims=dims, heads=heads)
