@@ -7,6 +7,8 @@ Glossary, for the whole package. Loop variables, einsum letters and shape commen
     h m      heads, one head                 L N l n   queries and keys; one query, one key
     d c      channels of a head, one         S         source tokens: what keys may be chosen from
     g        groups of a mechanism           w s       window side and shift
+    G j      groups of queries, one group    R r       regions of a map, one region
+    n        keys or regions that one reads  Tq Tk     queries and keys in a region
     (row, col)  order of every coordinate inside the package; (x, y) only where a plot or grid_sample wants it.
 
 A position is written in one of three units, and the name says which:
