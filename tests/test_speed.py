@@ -1,5 +1,6 @@
 """The floors of `dynattn bench`, held at 80 % of what they are: machines that test are busy."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +8,19 @@ from pathlib import Path
 import pytest
 
 from dynattn import bench
+from dynattn.bench import grouped
 
 ROOT = Path(__file__).parents[1]
 
 
 def measured(call: str) -> float:
     """A benchmark in a process of its own, where annotations are not checked and threads are not counted."""
-    program = f"from dynattn import bench; print(bench.{call})"
-    return float(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True).stdout)
+    return printed(f"from dynattn import bench; print(bench.{call})")
+
+
+def printed(program: str):
+    """What a program prints, which is JSON."""
+    return json.loads(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True).stdout)
 
 
 @pytest.mark.speed
@@ -43,6 +49,23 @@ def test_the_bias_of_deformable_attention_never_exists():
 @pytest.mark.speed
 def test_kernels_beat_the_loops():
     assert measured("deformable.over_loops(rounds=1)") >= 200 * 0.8
+
+
+ROWS = [name for name in grouped.rows() if not name.startswith(("masked", "threads"))]  # slow; wants two idle cores
+
+
+@pytest.fixture(scope="module")
+def times() -> dict[str, float]:
+    """All that the rows of grouped attention measure, by one process."""
+    rows = f"{{name: grouped.rows()[name].measure() for name in {ROWS}}}"
+    return printed(f"import json; from dynattn.bench import grouped; print(json.dumps({rows}))")
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize("name", ROWS)
+def test_grouped_attention(name, times):
+    row = grouped.rows()[name]
+    assert times[name] >= row.bound * 0.8 if row.least else times[name] <= row.bound
 
 
 @pytest.mark.slow

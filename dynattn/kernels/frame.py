@@ -116,13 +116,19 @@ def as_arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
     return [(tensor if tensor.stride(-1) == 1 else tensor.contiguous()).numpy() for tensor in tensors]
 
 
+COMPILED: dict[tuple, Callable] = {}  # by kernel, and dtype and dimensions of each argument
+
+
 def for_any_strides(kernel: Callable, *arguments) -> Callable:
     """A numba function compiled once for arrays of these dtypes, whatever their strides."""
-    from numba import typeof, types
+    key = kernel, *((a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments)
+    if key not in COMPILED:
+        from numba import typeof, types
 
-    kinds = tuple(k.copy(layout="A") if isinstance(k := typeof(a), types.Array) else k for a in arguments)
-    kernel.compile(kinds)
-    return kernel.overloads[kinds].entry_point
+        kinds = tuple(k.copy(layout="A") if isinstance(k := typeof(a), types.Array) else k for a in arguments)
+        kernel.compile(kinds)
+        COMPILED[key] = kernel.overloads[kinds].entry_point
+    return COMPILED[key]
 
 
 @cache

@@ -13,8 +13,8 @@ from torch import Tensor
 from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.simd import (
     OPTIONS,
-    REGISTER_BYTES,
     bits_at_least,
+    lanes_of,
     load,
     maximum,
     multiply,
@@ -58,7 +58,7 @@ def assign_heads(begin, end, q, centroids, groups):
 @njit(**OPTIONS)
 def nth_largest(likes, n, j, low, high):
     """low[j:]: the n-th largest number of a register of columns; low and high are numbers that stand in the column."""
-    lanes = REGISTER_BYTES // likes.itemsize
+    lanes = lanes_of(likes)
     S = likes.shape[0]
     bottom = top = load(likes, (0, j))
     for i in range(1, S):
@@ -103,7 +103,7 @@ def select_heads(begin, end, k, centroids, selected):
     """Heads begin to end - 1: the keys that each centroid likes best, in the order of the map."""
     (_, h, S, d), (G, n) = k.shape, selected.shape[2:]
     dtype, width = centroids.dtype, padded(centroids.shape[1])
-    lanes = REGISTER_BYTES // centroids.itemsize
+    lanes = lanes_of(centroids)
     e, likes = np.zeros((d, width), dtype), np.empty((S, width), dtype)
     low, high, larger = np.empty(width, dtype), np.empty(width, dtype), np.empty(width, dtype)
     place, equals = np.empty(width, np.int64), np.empty(width, np.int64)

@@ -9,6 +9,7 @@ An array that is read or written by vectors has contiguous rows, whole multiples
 """
 
 import operator
+from collections.abc import Callable
 from contextlib import suppress
 from math import factorial, log
 from pathlib import Path
@@ -17,7 +18,7 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
 
 def forget_stale_code(cache: str | Path) -> None:
@@ -133,6 +134,13 @@ def _address(context, builder, array_type, array, index_type, index) -> ir.Value
         offset = builder.add(offset, builder.mul(i, stride))
     start = builder.bitcast(view.data, ir.IntType(8).as_pointer())
     return builder.gep(start, [offset])
+
+
+@intrinsic
+def lanes_of(typing, array):
+    """How many numbers of an array's dtype a register holds: known when compiled."""
+    lanes = Vector((array[0] if isinstance(array, types.BaseTuple) else array).dtype).lanes
+    return types.intp(array), lambda context, builder, sig, values: ir.Constant(ir.IntType(64), lanes)
 
 
 @intrinsic
@@ -293,42 +301,132 @@ def exp2(x):
     if _precise(x):
         high = y * SERIES[13] + SERIES[12]
         high = ((high * y + SERIES[11]) * y + SERIES[10]) * y + SERIES[9]
-        high = (high * y + SERIES[8]) * y + SERIES[7]
+        high = ((high * y + SERIES[8]) * y + SERIES[7]) * y + SERIES[6]
     else:
-        high = y * 0.0 + SERIES[7]
-    low = ((high * y + SERIES[6]) * y + SERIES[5]) * y + SERIES[4]
-    low = (((low * y + SERIES[3]) * y + SERIES[2]) * y + SERIES[1]) * y + SERIES[0]
+        high = y * SERIES[7] + SERIES[6]
+    low = ((high * y + SERIES[5]) * y + SERIES[4]) * y + SERIES[3]
+    low = ((low * y + SERIES[2]) * y + SERIES[1]) * y + SERIES[0]
     return low * _power_of_two(whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Matrices
+# Matrices; and some rows of one, wherever they lie: (matrix, numbers of rows)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def shape_of(matrix):
+    """Rows and columns of a matrix, or of some rows of one."""
+
+
+@overload(shape_of)
+def _shape_of(matrix):
+    if isinstance(matrix, types.BaseTuple):
+        return lambda matrix: (matrix[1].size, matrix[0].shape[1])
+    return lambda matrix: matrix.shape
+
+
+def _rows(context, builder, kind, value) -> tuple[Callable[[ir.Value], ir.Value], ir.Value]:
+    """A function that points to a row, and the stride along a row."""
+    numbers = None
+    if isinstance(kind, types.BaseTuple):
+        (kind, kind_of_numbers), (value, numbers) = kind, cgutils.unpack_tuple(builder, value)
+    view = context.make_array(kind)(context, builder, value)
+    down, along = cgutils.unpack_tuple(builder, view.strides)
+    start = builder.bitcast(view.data, ir.IntType(8).as_pointer())
+
+    def row(i: ir.Value) -> ir.Value:
+        if numbers is not None:
+            number = _address(context, builder, kind_of_numbers, numbers, types.intp, i)
+            i = builder.load(builder.bitcast(number, ir.IntType(64).as_pointer()))
+        return builder.gep(start, [builder.mul(i, down)])
+
+    return row, along
+
+
+@intrinsic
+def _prefetch(typing, matrix, i, j):
+    """Ask for the memory of an element."""
+
+    def generate(context, builder, sig, values):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        row, along = _rows(context, builder, sig.args[0], values[0])
+        i, j = (context.cast(builder, values[p], sig.args[p], types.intp) for p in (1, 2))
+        builder.call(function, [builder.gep(row(i), [builder.mul(j, along)]), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(matrix, i, j), generate
+
+
+@njit(**OPTIONS)
+def prefetch(matrix):
+    """Have the processor fetch a matrix, or some rows of one, while it does something else."""
+    M, N = shape_of(matrix)
+    for i in range(M):
+        for j in range(0, N, lanes_of(matrix)):
+            _prefetch(matrix, i, j)
+
+
+@intrinsic
+def _transpose_square(typing, source, i, j, last, factor, target):
+    """target[j : j + n, i : i + n] = source[i : i + n, j : j + n].T * factor, n as many numbers as a register holds.
+
+    Behind row `last` this row is read again.
+    """
+    kind = Vector(target.dtype)
+    n, width = kind.lanes, kind.dtype.bitwidth // 8
+
+    def generate(context, builder, sig, values):
+        vector, word = context.get_value_type(kind), ir.IntType(64)
+        i, j, last = (context.cast(builder, values[p], sig.args[p], types.intp) for p in (1, 2, 3))
+
+        def pointers(place, row, column, most=None):
+            at, _ = _rows(context, builder, sig.args[place], values[place])
+            for r in range(n):
+                line = builder.add(row, word(r))
+                line = line if most is None else builder.select(builder.icmp_signed("<", line, most), line, most)
+                pointer = builder.gep(at(line), [builder.mul(column, word(width))])
+                yield builder.bitcast(pointer, vector.as_pointer())
+
+        by = _filled(context, builder, kind, sig.args[4], values[4])
+        rows = [builder.fmul(builder.load(at, align=width), by) for at in pointers(0, i, j, last)]
+        halves = [[half * n // 2 + lane // 2 + lane % 2 * n for lane in range(n)] for half in (0, 1)]
+        halves = [ir.Constant(ir.VectorType(ir.IntType(32), n), places) for places in halves]
+        for _ in range(n.bit_length() - 1):  # rows r and r + n / 2 merged, as cards are shuffled
+            pairs = zip(rows[: n // 2], rows[n // 2 :], strict=True)
+            rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in halves]
+        for row, pointer in zip(rows, pointers(5, j, i), strict=True):
+            builder.store(row, pointer, align=width)
+        return context.get_dummy_value()
+
+    return types.void(source, i, j, last, factor, target), generate
+
+
+@njit(**OPTIONS)
+def transpose(source, factor, target):
+    """target[:, :M] = source.T * factor, source of M rows; rows of both are whole multiples of a register long."""
+    M, N = shape_of(source)
+    for i in range(0, M, lanes_of(target)):
+        for j in range(0, N, lanes_of(target)):
+            _transpose_square(source, i, j, M - 1, factor, target)
+
+
 @intrinsic(prefer_literal=True)
-def _block(typing, a, b, c, i, j, rows, vectors, add):
+def _block(typing, a, b, c, i, j, depth, rows, vectors, add):
     """c[i : i + rows, j : j + n] = a[i : i + rows] @ b[:, j : j + n], n as many numbers as `vectors` registers hold.
 
-    The rows x vectors sums stay in registers while the inner index runs. rows and vectors are constants. With
+    The rows x vectors sums stay in registers while the inner index runs to depth. rows and vectors are constants. With
     `add` the sums start from c.
     """
-    kind, rows_of, vectors_of = Vector(a.dtype), range(rows.literal_value), range(vectors.literal_value)
+    kind = Vector((b[0] if isinstance(b, types.BaseTuple) else b).dtype)
+    rows_of, vectors_of = range(rows.literal_value), range(vectors.literal_value)
 
     def generate(context, builder, sig, values):
         vector, number = context.get_value_type(kind), context.get_value_type(kind.dtype)
-        width = kind.dtype.bitwidth // 8
-        i, j = (context.cast(builder, values[n], sig.args[n], types.intp) for n in (3, 4))
-        word = lambda n: ir.Constant(ir.IntType(64), n)  # noqa: E731
-        views = [context.make_array(sig.args[n])(context, builder, values[n]) for n in range(3)]
-        (a_i, a_k), (b_k, _), (c_i, _) = (cgutils.unpack_tuple(builder, view.strides) for view in views)
-        a_at, b_at, c_at = (builder.bitcast(view.data, ir.IntType(8).as_pointer()) for view in views)
-        depth = cgutils.unpack_tuple(builder, views[0].shape)[1]
-
-        def step(pointer, *parts):
-            for count, stride in parts:
-                pointer = builder.gep(pointer, [builder.mul(count, stride)])
-            return pointer
+        width, word = kind.dtype.bitwidth // 8, ir.IntType(64)
+        i, j, depth = (context.cast(builder, values[p], sig.args[p], types.intp) for p in (3, 4, 5))
+        (a_row, a_along), (b_row, _), (c_row, _) = (_rows(context, builder, sig.args[p], values[p]) for p in range(3))
 
         def read(pointer, what):
             value = builder.load(builder.bitcast(pointer, what.as_pointer()))
@@ -336,18 +434,19 @@ def _block(typing, a, b, c, i, j, rows, vectors, add):
             return value
 
         rows_i = [builder.add(i, word(r)) for r in rows_of]
-        along_j = [builder.add(j, word(v * kind.lanes)) for v in vectors_of]
-        block = [[step(c_at, (r, c_i), (v, word(width))) for v in along_j] for r in rows_i]
-        a_rows = [step(a_at, (r, a_i)) for r in rows_i]
+        along_j = [builder.mul(builder.add(j, word(v * kind.lanes)), word(width)) for v in vectors_of]
+        block = [[builder.gep(row, [along]) for along in along_j] for row in map(c_row, rows_i)]
+        a_rows = [a_row(r) for r in rows_i]
         zero = _constant(context, kind, [0] * kind.lanes)
-        start = lambda pointer: builder.select(values[7], read(pointer, vector), zero)  # noqa: E731
+        start = lambda pointer: builder.select(values[8], read(pointer, vector), zero)  # noqa: E731
         sums = [[cgutils.alloca_once_value(builder, start(pointer)) for pointer in row] for row in block]
         with cgutils.for_range(builder, depth) as loop:
-            b_row = [read(step(b_at, (loop.index, b_k), (v, word(width))), vector) for v in along_j]
-            for a_row, row in zip(a_rows, sums, strict=True):
-                one = read(step(a_row, (loop.index, a_k)), number)
+            b_line = b_row(loop.index)
+            columns = [read(builder.gep(b_line, [along]), vector) for along in along_j]
+            for line, row in zip(a_rows, sums, strict=True):
+                one = read(builder.gep(line, [builder.mul(loop.index, a_along)]), number)
                 one = _filled(context, builder, kind, kind.dtype, one)
-                for sum_, column in zip(row, b_row, strict=True):
+                for sum_, column in zip(row, columns, strict=True):
                     product = builder.fmul(one, column, flags=("contract",))
                     builder.store(builder.fadd(builder.load(sum_), product, flags=("contract",)), sum_)
         for pointers, row in zip(block, sums, strict=True):
@@ -355,7 +454,7 @@ def _block(typing, a, b, c, i, j, rows, vectors, add):
                 builder.store(builder.load(sum_), builder.bitcast(pointer, vector.as_pointer())).align = width
         return context.get_dummy_value()
 
-    return types.void(a, b, c, i, j, rows, vectors, add), generate
+    return types.void(a, b, c, i, j, depth, rows, vectors, add), generate
 
 
 # Blocks of rows x registers: the sums, a row of b and a number of a fit into 32 registers (AVX-512) or 16. Columns go
@@ -368,45 +467,47 @@ FEW_ROWS = 4
 
 
 @njit(**OPTIONS)
-def _product(a, b, c, add):
-    """c = a @ b, or with `add` c += a @ b."""
-    M, N = c.shape
-    lanes = REGISTER_BYTES // c.itemsize
+def product(a, b, c, add):
+    """c = a @ b, or with `add` c += a @ b; for small matrices, each of which may be some rows of one.
+
+    a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order.
+    """
+    (M, N), (_, K), lanes = shape_of(c), shape_of(a), lanes_of(c)
     wide = N - N % (WIDE * lanes)
     narrow = N - (N - wide) % (NARROW * lanes)
     fours = M - M % FEW_ROWS
     whole = M - M % WIDE_ROWS
     for j in range(0, wide, WIDE * lanes):
         for i in range(0, whole, WIDE_ROWS):
-            _block(a, b, c, i, j, WIDE_ROWS, WIDE, add)
+            _block(a, b, c, i, j, K, WIDE_ROWS, WIDE, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, WIDE, add)
+            _block(a, b, c, i, j, K, FEW_ROWS, WIDE, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, WIDE, add)
+            _block(a, b, c, i, j, K, 1, WIDE, add)
     whole = M - M % NARROW_ROWS
     for j in range(wide, narrow, NARROW * lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, NARROW, add)
+            _block(a, b, c, i, j, K, NARROW_ROWS, NARROW, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, NARROW, add)
+            _block(a, b, c, i, j, K, FEW_ROWS, NARROW, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, NARROW, add)
+            _block(a, b, c, i, j, K, 1, NARROW, add)
     for j in range(narrow, N, lanes):
         for i in range(0, whole, NARROW_ROWS):
-            _block(a, b, c, i, j, NARROW_ROWS, 1, add)
+            _block(a, b, c, i, j, K, NARROW_ROWS, 1, add)
         for i in range(whole, fours, FEW_ROWS):
-            _block(a, b, c, i, j, FEW_ROWS, 1, add)
+            _block(a, b, c, i, j, K, FEW_ROWS, 1, add)
         for i in range(fours, M):
-            _block(a, b, c, i, j, 1, 1, add)
+            _block(a, b, c, i, j, K, 1, 1, add)
 
 
 @njit(**OPTIONS)
 def multiply(a, b, c):
-    """c = a @ b for small matrices: a (M, K) of any strides, b (K, N) and c (M, N) by vectors. Sums run in order."""
-    _product(a, b, c, False)
+    """c = a @ b."""
+    product(a, b, c, False)
 
 
 @njit(**OPTIONS)
 def multiply_add(a, b, c):
-    """c += a @ b, as `multiply`."""
-    _product(a, b, c, True)
+    """c += a @ b."""
+    product(a, b, c, True)

@@ -11,12 +11,11 @@ from numba import njit
 from dynattn.kernels.simd import (
     LANES,
     OPTIONS,
-    REGISTER_BYTES,
     exp2,
+    lanes_of,
     load,
     maximum,
-    multiply,
-    multiply_add,
+    product,
     ramp,
     store,
 )
@@ -41,7 +40,7 @@ def add_block(scores, block, count, values, top, bottom, decay, summed, first):
 
     With `first` nothing has been read before, and what stands in top, bottom and summed does not matter.
     """
-    lanes = REGISTER_BYTES // scores.itemsize
+    lanes = lanes_of(scores)
     if first:
         top[:], bottom[:] = LOWEST, 0
     for t in range(0, count, lanes):
@@ -58,20 +57,17 @@ def add_block(scores, block, count, values, top, bottom, decay, summed, first):
         store(top, t, new)
         store(decay, t, shrink)
         store(bottom, t, load(bottom, t) * shrink + sum_)
-    if first:
-        multiply(scores[:block, :count].T, values, summed[:count])
-        return
-    for t in range(count):
+    for t in range(0 if first else count):
         if decay[t] != 1:
             for c in range(0, summed.shape[1], lanes):
                 store(summed, (t, c), load(summed, (t, c)) * decay[t])
-    multiply_add(scores[:block, :count].T, values, summed[:count])
+    product(scores[:block, :count].T, values, summed[:count], not first)
 
 
 @njit(**OPTIONS)
 def slopes_of_logits(weights, slopes, block, count, top, share, offset):
     """Logits S to weights P = exp(S - top) share, slopes dP by the weights to slopes P (dP - offset) by the logits."""
-    lanes = REGISTER_BYTES // weights.itemsize
+    lanes = lanes_of(weights)
     for t in range(0, count, lanes):
         largest, by, shift = load(top, t), load(share, t), load(offset, t)
         for a in range(block):

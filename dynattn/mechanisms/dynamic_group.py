@@ -12,7 +12,7 @@ In a group: P = x_Q x_K^T (DGT-11), P^ = softmax(P / sqrt(d)) (DGT-12), Y = P^ x
 
     dx_Q = dP x_K  (DGT-14)    dx_K^T = x_Q^T dP  (DGT-15)    dP^ = dY x_V^T  (DGT-16)    dx_V = P^^T dY  (DGT-17)
 
-where the printed equations 4, 12, 13 and 17 differ, which `as_printed` computes: notebook 04_dgt has the ledger.
+where the printed equations 4, 12, 13 and 17 differ, which `as_printed` computes, and 16: notebook 04_dgt, ledger.
 Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 L G C + k G log L.
 """
 
@@ -313,7 +313,7 @@ class DynamicGroupAttention(nn.Module):
         self.start_sums()
         heads = torch.arange(self.heads, device=q.device)[:, None] * self.groups
         index = (groups + heads).flatten()
-        units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])
+        units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])  # DGT-3: Norm(x)
         self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
 

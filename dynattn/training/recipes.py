@@ -58,7 +58,7 @@ RECIPES = {
         )
         for G, k in ((8, 64), (4, 64), (8, 32))
     },
-    # the first of these where objects are textured and pieces of others lie about: where groups find no object
+    # the first of these where objects are textured and pieces of others lie about; it takes longer to learn
     "dgt_cluttered": Recipe(
         "dgt_mini",
         SWEEP | {"groups": 8, "keys": (64, 16)},
