@@ -16,7 +16,7 @@ LARGEST = 3_000_000  # bytes
 ABSOLUTE = re.compile(r"(?<![\w.~/-])/(?:home|root|tmp|work|Users|opt|mnt|private|workspace)/|\b[A-Z]:\\\\?\w")
 
 # What may hold digits in prose: code, formulas, links, equation tags, and the numbers of things in the paper.
-NUMBERED = r"(?:[Tt]ables?|[Ff]igures?|[Ee]quations?|[Ss]tages?|[Ss]ections?|CVPR)\s\d+[a-z]?"
+NUMBERED = r"(?:[Tt]ables?|[Ff]orms?|[Ff]igures?|[Ee]quations?|[Ss]tages?|[Ss]ections?|CVPR)\s\d+[a-z]?"
 NO_PROSE = [
     r"```.*?```",
     r"`[^`]*`",

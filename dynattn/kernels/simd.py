@@ -344,28 +344,25 @@ def _rows(context, builder, kind, value) -> tuple[Callable[[ir.Value], ir.Value]
 
 
 @intrinsic
-def _prefetch(typing, matrix, i, j):
-    """Ask for the memory of an element."""
+def _prefetch(typing, array, index):
+    """Ask for the memory of array[index]."""
 
     def generate(context, builder, sig, values):
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        row, along = _rows(context, builder, sig.args[0], values[0])
-        i, j = (context.cast(builder, values[p], sig.args[p], types.intp) for p in (1, 2))
-        builder.call(function, [builder.gep(row(i), [builder.mul(j, along)]), number(0), number(3), number(1)])
+        pointer, number = _address(context, builder, array, values[0], index, values[1]), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, number(0), number(3), number(1)])  # to read, into all caches, data
         return context.get_dummy_value()
 
-    return types.void(matrix, i, j), generate
+    return types.void(array, index), generate
 
 
 @njit(**OPTIONS)
 def prefetch(matrix):
-    """Have the processor fetch a matrix, or some rows of one, while it does something else."""
-    M, N = shape_of(matrix)
-    for i in range(M):
-        for j in range(0, N, lanes_of(matrix)):
-            _prefetch(matrix, i, j)
+    """Have the processor fetch a matrix while it does something else."""
+    for i in range(matrix.shape[0]):
+        for j in range(0, matrix.shape[1], lanes_of(matrix)):
+            _prefetch(matrix, (i, j))
 
 
 @intrinsic
