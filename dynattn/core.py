@@ -69,6 +69,25 @@ def bind(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     return sizes
 
 
+def check_kind(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> None:
+    """Raise TypeError unless `tensor` is one of that dtype, on the device of `like`, which is q."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    if tensor.device != like.device:
+        raise TypeError(f"{name}: expected a tensor on {like.device} as q is, got one on {tensor.device}")
+
+
+def check_indices(name: str, indices: object, like: Tensor, shape: tuple[int, ...], below: int) -> None:
+    """Raise TypeError, ValueError unless `indices` are int64 of that shape, with values in [0, below), beside q."""
+    check_kind(name, indices, torch.int64, like)
+    if tuple(indices.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
+    if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= below:
+            raise ValueError(f"{name}: expected values from 0 to {below - 1}, got {low if low < 0 else high}")
+
+
 def one_of(name: str, value: object, allowed: tuple) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

@@ -117,19 +117,8 @@ FORMS = {
 }
 
 
-def check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise TypeError unless `tensor` is one of that dtype on that device."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-    if tensor.device != device:
-        raise TypeError(f"{name}: expected a tensor on {device} as q is, got one on {tensor.device}")
-
-
 def check_values(routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] | None, S: int) -> None:
-    """Raise ValueError unless routes are distinct regions of [0, S) and each row of them has a key to read."""
-    low, high = (int(bound) for bound in torch.aminmax(routes))
-    if low < 0 or high >= S:
-        raise ValueError(f"routes: expected values from 0 to {S - 1}, got {low if low < 0 else high}")
+    """Raise ValueError unless routes, in [0, S), are distinct and each row of them has a key to read."""
     if not kernel.distinct(routes, S):
         raise ValueError("routes: expected distinct regions for every region of queries, got one twice")
     if key_mask is None:
@@ -162,11 +151,12 @@ def routed_attention(
     """
     sizes = core.bind(q=(q, "B h R Tq d"), k=(k, "B h S Tk d"), v=(v, "B h S Tk d"))
     B, R, S, Tk = (sizes[name] for name in ("B", "R", "S", "Tk"))
-    check_kind("routes", routes, torch.int64, q.device)
+    core.check_kind("routes", routes, torch.int64, q)
     if routes.ndim != 3 or tuple(routes.shape[:2]) != (B, R) or routes.shape[2] == 0:
         raise ValueError(f"routes: expected shape ({B}, {R}, n), n at least 1, got {tuple(routes.shape)}")
+    core.check_indices("routes", routes, q, tuple(routes.shape), S)
     if key_mask is not None:
-        check_kind("key_mask", key_mask, torch.bool, q.device)
+        core.check_kind("key_mask", key_mask, torch.bool, q)
         if tuple(key_mask.shape) != (B, S, Tk):
             raise ValueError(f"key_mask: expected shape {(B, S, Tk)}, got {tuple(key_mask.shape)}")
     if not torch.compiler.is_compiling():  # there the operator looks at the values by itself

@@ -177,18 +177,6 @@ SELECT = {"loops": select_loops, "torch": select_torch, "numba": kernel.SELECT, 
 FORMS = {"loops": grouped_attention_loops, "torch": grouped_attention_torch} | {b: _kernel(b) for b in kernel.OPERATORS}
 
 
-def check_indices(name: str, indices: Tensor, shape: tuple, below: int) -> None:
-    """Raise TypeError, ValueError unless `indices` is an int64 tensor of that shape with values in [0, below)."""
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
-    if tuple(indices.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
-    if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
-        low, high = (int(bound) for bound in torch.aminmax(indices))
-        if low < 0 or high >= below:
-            raise ValueError(f"{name}: expected values from 0 to {below - 1}, got {low if low < 0 else high}")
-
-
 def grouped_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h S d"],
@@ -207,11 +195,12 @@ def grouped_attention(
     """
     sizes = core.bind(q=(q, "B h L d"), k=(k, "B h S d"), v=(v, "B h S d"))
     B, h, L, S = (sizes[name] for name in "BhLS")
-    if not isinstance(selected, Tensor) or selected.ndim != 4 or 0 in selected.shape[2:]:
-        raise ValueError(f"selected: expected shape (B h G n), got {tuple(getattr(selected, 'shape', ()))}")
+    core.check_kind("selected", selected, torch.int64, q)
+    if selected.ndim != 4 or 0 in selected.shape[2:]:
+        raise ValueError(f"selected: expected shape (B h G n), got {tuple(selected.shape)}")
     G, n = selected.shape[2:]
-    check_indices("groups", groups, (B, h, L), G)
-    check_indices("selected", selected, (B, h, G, n), S)
+    core.check_indices("groups", groups, q, (B, h, L), G)
+    core.check_indices("selected", selected, q, (B, h, G, n), S)
     if not torch.compiler.is_compiling() and not kernel.distinct(selected, S):
         raise ValueError("selected: expected distinct keys in every group, got one twice")
     form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
