@@ -8,11 +8,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numba import cuda, float32
 
 from dynattn.kernels import cuda_forms
 
@@ -37,6 +39,27 @@ def case(B=1, h=1, L=2 * T + 1, S=2 * T + 3, d=T, G=3, n=T, groups=None, seed=0)
     selected = generator.random((B, h, G, S)).argsort(-1)[..., :n]
     groups = np.broadcast_to(np.array(groups), (B, h, L))
     return dict(q=q, k=k, v=v, groups=groups, selected=selected)
+
+
+@pytest.mark.skipif(not cuda_forms.SIMULATED, reason="of the simulator; test_in_the_simulator runs it")
+def test_threads_of_a_block_share_their_arrays(monkeypatch):
+    """The simulator looks for an array and then makes it, so that now and then two threads got one each."""
+    empty = np.empty
+
+    def slow_empty(*arguments):
+        time.sleep(1e-3)  # time for the other threads to look
+        return empty(*arguments)
+
+    monkeypatch.setattr(np, "empty", slow_empty)
+
+    @cuda.jit
+    def which(out):
+        a = cuda.shared.array((T, T), float32)
+        out[cuda.threadIdx.y, cuda.threadIdx.x] = id(a)
+
+    out = torch.zeros(T, T, dtype=torch.int64)
+    cuda_forms.launch(which, (1, 1, 1), out)
+    assert len(out.unique()) == 1
 
 
 CASES = {

@@ -223,15 +223,28 @@ def tiles(size: int) -> int:
     return -(-size // T)
 
 
+def shared_array(self, shape: tuple[int, int], dtype) -> np.ndarray:
+    """The simulator's `cuda.shared.array` in one step: its own looks and then makes, and two threads may get two."""
+    caller = sys._getframe(1)
+    return self._allocations.setdefault((caller.f_code, caller.f_lineno), np.empty(shape, str(dtype)))
+
+
 @contextmanager
-def threads_that_take_turns_fast() -> Iterator[None]:
-    """The simulator asks its threads in a loop whether all are at the barrier, and Python lets it ask for 5 ms."""
-    before = sys.getswitchinterval()
+def simulation() -> Iterator[None]:
+    """The simulator with shared arrays that are shared, and threads that take turns fast.
+
+    They ask in a loop whether all are at the barrier, and Python lets each ask for 5 ms.
+    """
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    array, interval = FakeCUDAShared.array, sys.getswitchinterval()
+    FakeCUDAShared.array = shared_array
     sys.setswitchinterval(1e-5)
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        FakeCUDAShared.array = array
+        sys.setswitchinterval(interval)
 
 
 def launch(kernel: Callable, grid: tuple[int, int, int], *arguments) -> None:
@@ -239,7 +252,7 @@ def launch(kernel: Callable, grid: tuple[int, int, int], *arguments) -> None:
     if max(grid[1:]) > MOST_BLOCKS:
         raise ValueError(f"q: expected at most {MOST_BLOCKS} heads, groups and tiles of queries, got a grid of {grid}")
     if SIMULATED:
-        with threads_that_take_turns_fast():
+        with simulation():
             kernel[grid, (T, T)](*(a.numpy() if isinstance(a, Tensor) else a for a in arguments))
         return
     device = arguments[0].device
