@@ -83,9 +83,7 @@ def check_indices(name: str, indices: object, like: Tensor, shape: tuple[int, ..
     if tuple(indices.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
     if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
-        low, high = (int(bound) for bound in torch.aminmax(indices))
-        if low < 0 or high >= below:
-            raise ValueError(f"{name}: expected values from 0 to {below - 1}, got {low if low < 0 else high}")
+        frame.check(name, indices, 0, below - 1)
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:

@@ -41,6 +41,13 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def check(name: str, indices: Tensor, least: int, most: int) -> None:
+    """Raise ValueError before memory is read that is not ours."""
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < least or high > most:
+        raise ValueError(f"{name}: expected values from {least} to {most}, got {low if low < least else high}")
+
+
 def operators(
     name: str, forward: Callable, backward: Callable, flops: Callable[..., int], file: str
 ) -> dict[str, Callable]:

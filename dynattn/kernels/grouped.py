@@ -59,13 +59,6 @@ def pays(backend: str) -> bool:
     return True
 
 
-def check(name: str, indices: Tensor, least: int, most: int) -> None:
-    """Raise ValueError before memory is read that is not ours."""
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < least or high > most:
-        raise ValueError(f"{name}: expected values from {least} to {most}, got {low if low < least else high}")
-
-
 def distinct(selected: Tensor, below: int) -> bool:
     """Whether no group has selected a key twice, of values in [0, below)."""
     if frame.unavailable("numba", selected.device) is None:

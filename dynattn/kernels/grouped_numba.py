@@ -11,8 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
-from dynattn.kernels.grouped import check
+from dynattn.kernels.frame import as_arrays, check, in_parallel, working_dtype
 from dynattn.kernels.simd import (
     LANES,
     OPTIONS,
