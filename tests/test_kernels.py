@@ -10,6 +10,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -327,6 +328,36 @@ def test_triton_s_gradient_of_the_table_is_the_same_every_time():
     run = on_device(partial(ops.deformable_attention, impl="triton"), "triton")
     gradients = [torch.autograd.grad(run(*arguments).square().sum(), arguments[4])[0] for _ in range(2)]
     assert torch.equal(*gradients)
+
+
+@numba.njit(nogil=True)
+def count_up(begin, end, counts):
+    """A kernel: adds 1 to each of its items, and fails at one that stands at 7."""
+    for item in range(begin, end):
+        counts[item] += 1
+        if counts[item] == 8:
+            raise ValueError("seven")
+
+
+@pytest.mark.parametrize("team", [True, False], ids=["torch's threads", "own threads"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_item_is_one_thread_s(team, threads, monkeypatch):
+    if not team:
+        monkeypatch.setattr(frame, "_team", lambda: None)
+    torch.set_num_threads(threads)
+    for count in (1, 2, 19, 1000):
+        counts = np.zeros(count, np.int64)
+        frame.in_parallel(count_up, count, counts)
+        assert (counts == 1).all()
+    counts[count // 3] = 7
+    with pytest.raises(ValueError, match="seven"):
+        frame.in_parallel(count_up, count, counts)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available() or sys.platform != "linux", reason="wants torch's OpenMP")
+def test_torch_s_threads_are_found():
+    assert frame._team() is not None
 
 
 def test_kernels_in_a_forked_process():

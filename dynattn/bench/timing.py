@@ -10,9 +10,15 @@ import torch
 
 
 def in_turn(one: Callable[[], float], other: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """The shortest times of two things, measured A B A B: other load on the machine only ever adds."""
-    times = [(one(), other()) for _ in range(rounds)]
-    return min(a for a, _ in times), min(b for _, b in times)
+    """The shortest times of two things, each called at least `rounds` times: other load on the machine only ever adds.
+
+    Next is whichever has had less time so far: a short one has as long to find the machine idle as a long one has.
+    """
+    calls, times = (one, other), ([one()], [other()])
+    while min(map(len, times)) < rounds:
+        due = int(sum(times[0]) > sum(times[1]))
+        times[due].append(calls[due]())
+    return min(times[0]), min(times[1])
 
 
 @contextmanager

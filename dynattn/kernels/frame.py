@@ -11,13 +11,14 @@ counter and opcheck know. A backend is imported at its first call. There are no 
 mode: `impl="torch"` has them, within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
+from threading import Thread
 
 import numpy as np
 import torch
@@ -138,10 +139,35 @@ def for_any_strides(kernel: Callable, *arguments) -> Callable:
     return COMPILED[key]
 
 
+PROCESS = os.getpid()
+ON_THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 @cache
-def _workers(process: int, count: int) -> ThreadPoolExecutor:
-    """Threads of one process; a forked child gets its own."""
-    return ThreadPoolExecutor(count, thread_name_prefix="dynattn")
+def _team() -> Callable | None:
+    """Runs a function on each thread of torch's own team (OpenMP); None where torch has none that we can call."""
+    try:
+        run = ctypes.CDLL(None).GOMP_parallel  # of GNU's library; LLVM's and Intel's have it too
+    except (AttributeError, OSError, TypeError):
+        return None
+    run.argtypes, run.restype = (ON_THREAD, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return run
+
+
+def _on_threads(count: int, work: Callable[..., None]) -> None:
+    """work() by so many threads at once; this one is among them.
+
+    Torch's threads wait for their next work in a loop, for milliseconds, and threads of our own would share the cores
+    with them. A forked process has threads of its own: a team does not survive a fork.
+    """
+    if (run := _team()) and os.getpid() == PROCESS:
+        return run(ON_THREAD(work), None, count, 0)
+    others = [Thread(target=work, name="dynattn") for _ in range(count - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
 
 
 def in_parallel(kernel: Callable, count: int, *arguments) -> None:
@@ -154,9 +180,17 @@ def in_parallel(kernel: Callable, count: int, *arguments) -> None:
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
         return kernel(0, count, *arguments)
-    pieces = min(count, 4 * threads)
-    bounds = [count * i // pieces for i in range(pieces + 1)]
-    pool = _workers(os.getpid(), threads)
-    futures = [pool.submit(kernel, a, b, *arguments) for a, b in zip(bounds, bounds[1:], strict=False)]
-    for future in futures:
-        future.result()
+    parts = min(count, 4 * threads)
+    pieces = iter([(count * i // parts, count * (i + 1) // parts) for i in range(parts)])
+    errors = []
+
+    def work(_=None) -> None:
+        try:
+            for begin, end in pieces:  # whoever is done takes the next
+                kernel(begin, end, *arguments)
+        except BaseException as error:  # a team knows no exceptions
+            errors.append(error)
+
+    _on_threads(threads, work)
+    if errors:
+        raise errors[0]
