@@ -11,9 +11,7 @@
 
 # %%
 import io
-import json
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +25,7 @@ from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
 from dynattn.figures.dat import draw_query, queries
 from dynattn.figures.measures import attention_share, others, points_share, references_share, under
-from dynattn.figures.notebook import HEAT, say, set_up, show, source
+from dynattn.figures.notebook import GALLERY, HEAT, measured, recorded, say, set_up, show, source
 from dynattn.figures.subjects import test_picture
 from dynattn.training import get_recipe
 from dynattn.widgets import Lens
@@ -429,9 +427,8 @@ say(f"`dynattn.list_models()`: {', '.join(f'`{name}`' for name in dynattn.list_m
 # and a checkpoint of yours. These are the shipped ones, in small:
 
 # %%
-gallery = Path("../figures")
-entries = json.loads((gallery / "conditions.json").read_text())
-pictures = [PIL.Image.open(gallery / entry["file"]).convert("RGB") for entry in entries]
+figures = {f"{paper.upper()} {n}": entry for paper in ("dat", "dgt") for n, entry in recorded(paper).items()}
+pictures = [PIL.Image.open(GALLERY / entry["file"]).convert("RGB") for entry in figures.values()]
 for picture in pictures:
     picture.thumbnail((640, 900))
 heights = [40 + max(pair.height for pair in pictures[i : i + 2]) for i in range(0, len(pictures), 2)]
@@ -441,15 +438,7 @@ for i, picture in enumerate(pictures):
 small = io.BytesIO()
 wall.save(small, format="jpeg", quality=85)
 display(Image(small.getvalue()))
-
-rows = ["| figure | measure | trained | random weights | another image's mask |", "| --- " * 5 + "|"]
-for entry in entries:
-    for one in entry["measures"]:
-        random = " / ".join(f"{value:.2f}" for value in one["random"].values())
-        other = "" if one["other"] is None else f"{one['other']:.2f}"
-        where = f"{entry['paper'].upper()} {entry['figure']}"
-        rows.append(f"| {where} | {one['name']} | {one['trained']:.2f} | {random} | {other} |")
-say("\n".join(rows))
+measured(figures)
 
 # %% [markdown]
 # ## How it is kept true

@@ -12,7 +12,6 @@
 # %%
 import inspect
 import io
-import json
 import math
 import subprocess
 import sys
@@ -39,7 +38,20 @@ from dynattn.data import Shapes
 from dynattn.figures import dat as paper_figures
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_points, propagate
-from dynattn.figures.notebook import INKS, agree, normal, say, set_up, shipped, show, source, table
+from dynattn.figures.notebook import (
+    GALLERY,
+    INKS,
+    agree,
+    measured,
+    normal,
+    recorded,
+    say,
+    set_up,
+    shipped,
+    show,
+    source,
+    table,
+)
 from dynattn.figures.subjects import sample_picture, test_picture
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
@@ -1111,21 +1123,8 @@ table(("", "the text says", "the code does", "consequence", "ours"), [(i, *row) 
 # beside two nulls: the same network with **random weights**, and the same points scored with **another image's mask**.
 
 # %%
-gallery = Path("../figures")
-entries = json.loads((gallery / "conditions.json").read_text())
-recorded = {entry["figure"]: entry for entry in entries if entry["paper"] == "dat"}
-story = weights.read(weights.path("dat_mini"))[1]
-drawn_with = recorded[5]["weights"][0]
-same = all(story[key] == drawn_with.get(key) for key in ("command", "accuracy"))
-assert same and recorded[5]["networks"], "figures/ is of other weights or images: run `dynattn figures`"
-
-rows = []
-for number, entry in recorded.items():
-    for one in entry["measures"]:
-        random = " / ".join(f"{value:.2f}" for value in one["random"].values())
-        other = "" if one["other"] is None else f"{one['other']:.2f}"
-        rows.append((number, one["name"], f"{one['trained']:.2f}", random, other, one["n"]))
-table(("figure", "measure", "trained", "random weights", "another image's mask", "images"), rows)
+figures = recorded("dat")
+measured(figures)
 
 # %% [markdown]
 # Where two numbers stand under random weights, the first network has offsets like the published models' start, the
@@ -1136,7 +1135,7 @@ table(("figure", "measure", "trained", "random weights", "another image's mask",
 few = 12
 items = [Shapes("easy", "test", 128)[i] for i in range(few)]
 images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
-whole, rows = recorded[5]["networks"]["dat_mini"], []
+whole, rows = figures[5]["networks"]["dat_mini"], []
 for name in (name for name in weights.available() if name.startswith("dat_mini")):
     live = evaluate_points(official.model_from(weights.path(name))[1], images, masks)
     best = live["layers"][live["best"]]
@@ -1157,7 +1156,7 @@ say(
 # **Figure 4.** How far may points go? One small network for each range $s$.
 
 # %%
-shipped(gallery / recorded[4]["file"])
+shipped(GALLERY / figures[4]["file"])
 
 # %% [markdown]
 # **Figure 5.** The most important keys: attention propagated from the output back through the deformable layers. The
@@ -1165,19 +1164,19 @@ shipped(gallery / recorded[4]["file"])
 
 # %%
 source(propagate)
-shipped(gallery / recorded[5]["file"])
+shipped(GALLERY / figures[5]["file"])
 
 # %% [markdown]
 # **Figure 6.** The deformed points of both maps, and the grid that they left.
 
 # %%
-shipped(gallery / recorded[6]["file"])
+shipped(GALLERY / figures[6]["file"])
 
 # %% [markdown]
 # **Figure 7.** What two queries read, beside a Swin of the same size, trained alike.
 
 # %%
-shipped(gallery / recorded[7]["file"])
+shipped(GALLERY / figures[7]["file"])
 
 # %% [markdown]
 # The network has seen shapes only. Here it looks at a photograph, live; `dynattn figures --image` does this for yours.

@@ -12,7 +12,7 @@ from torch import nn
 
 from dynattn import cli, cost, create_model, figures, tracing, weights
 from dynattn.data import CLASSES, Shapes
-from dynattn.figures import dgt, draw, gallery, measures, style, subjects
+from dynattn.figures import dgt, draw, gallery, measures, notebook, style, subjects
 
 SMALL = dict(img_size=64, num_classes=10, dims=(16, 32, 64), depths=(1, 1, 1), heads=(2, 2, 4), keys=(24, 8), groups=4)
 SWEEP = {"a": dict(groups=4, keys=(24, 8)), "b": dict(groups=2, keys=(24, 8)), "c": dict(groups=4, keys=(12, 4))}
@@ -253,8 +253,11 @@ def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
 def test_measures_of_the_groups(setup):
     """Each network's own head, by the same rule, and of figure 6 in the first stage."""
     third, sixth = draw("dgt", only=[6, 3], out=setup, progress=False)
-    same = third["measures"].pop(4)
+    same, mean = third["measures"].pop(5), third["measures"].pop(2)
     layers = third["networks"]["dgt_mini"]["layers"].values()
+    assert mean["name"] == "groups and object (NMI), mean of all heads" and mean["layer"] is None
+    assert mean["trained"] == pytest.approx(np.mean([layer["nmi"] for layer in layers]))
+    assert mean["other"] == pytest.approx(np.mean([layer["nmi_other"] for layer in layers]))
     assert same["trained"] == np.mean([np.greater(layer["keys"], layer["keys_off"]) for layer in layers])
     assert f"in {round(4 * same['trained'])} of 4 heads" in third["caption"] and len(same["random"]) == dgt.TWINS
     for entry, kinds in ((third, ("nmi", "nmi", "keys", "keys_off")), (sixth, ("nmi", "keys", "keys_off"))):
@@ -448,3 +451,30 @@ def test_the_paper_is_compared_where_it_has_the_row():
     ours = [model(8, (64, 16)), model(4, (64, 16)), model(8, (32, 8)), model(2, (64, 16))]
     *found, none = dgt.published_accuracies(ours)
     assert found == [83.8, 83.6, 83.7] and np.isnan(none)
+
+
+# ------------------------------------------------------------------------------------------------------- in a notebook
+
+
+def test_a_notebook_shows_what_was_drawn_with_the_shipped_weights(setup, shipped, photograph, monkeypatch, tmp_path):
+    (entry,) = draw("dgt", only=[6], out=setup, progress=False)
+    draw("dat", only=[6], out=setup, progress=False)
+    assert notebook.recorded("dgt", setup) == {6: entry}
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda markdown: shown.append(markdown.data))
+    notebook.measured({"DGT 6": entry})
+    head, _, *rows = shown[0].splitlines()
+    assert len(rows) == len(entry["measures"]) == 4 and all(row.startswith("| DGT 6 | ") for row in rows)
+    assert [row.count("|") for row in (head, *rows)] == [7] * 5
+
+    draw("dgt", only=[6], image=photograph, out=setup, progress=False)
+    with pytest.raises(AssertionError, match="figure 6 is of others: run `dynattn figures --paper dgt`"):
+        notebook.recorded("dgt", setup)
+    draw("dgt", only=[6], weights=shipped / "dgt_sweep_a.safetensors", out=setup, progress=False)
+    notebook.recorded("dgt", setup)
+    other = tmp_path / "dgt_sweep_a.safetensors"
+    metadata = weights.read(shipped / other.name)[1] | {"accuracy": 0.9}
+    weights.write(other, weights.read(shipped / other.name)[0], metadata)
+    draw("dgt", only=[6], weights=other, out=setup, progress=False)
+    with pytest.raises(AssertionError, match="figure 6 is of others"):
+        notebook.recorded("dgt", setup)

@@ -215,6 +215,7 @@ def of_all_heads(setting: Setting, measures: list[dict]) -> list[dict]:
     found, name = setting.evaluations(), setting.subject.name
     layer, head = found[name]["chosen"]["nmi"]
     best = share("nmi", {key: at_head(one, "nmi", None) for key, one in found.items()}, name, "best head")
+    mean = share("nmi", {key: of_every_head(one) for key, one in found.items()}, name, "mean of all heads")
     shares = {
         key: {
             "same": float(np.mean(same_way(one))),
@@ -225,7 +226,13 @@ def of_all_heads(setting: Setting, measures: list[dict]) -> list[dict]:
         for key, one in found.items()
     }
     nmi, on, off, far = measures
-    return [nmi, best | {"layer": f"{layer}, head {head}"}, on, off, share("same", shares, name), far]
+    return [nmi, best | {"layer": f"{layer}, head {head}"}, mean, on, off, share("same", shares, name), far]
+
+
+def of_every_head(found: dict) -> dict[str, float | None]:
+    """A network's groups and objects, mean over all heads of all layers: nothing is chosen."""
+    heads = {kind: [x for layer in found["layers"].values() for x in layer[kind]] for kind in ("nmi", "nmi_other")}
+    return {kind: float(np.mean(values)) for kind, values in heads.items()} | {"nmi_se": None, "n": found["n"]}
 
 
 def draw_groups(pairs: Sequence, picture: Picture, record: Record, head: int) -> None:

@@ -1,15 +1,19 @@
 """What the notebooks share: computed text and tables, figures in a tenth of the bytes, the library's own code.
 
-    from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, shipped, show, source, table
+    from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, show, source, table
+    from dynattn.figures.notebook import GALLERY, measured, recorded, shipped  # the figures of the repository
 
 Needs the extra `notebooks` (IPython).
 """
 
 import inspect
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import PIL.Image
@@ -20,10 +24,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dynattn import verify
+from dynattn import verify, weights
 
 from . import style
 
+GALLERY = Path("../figures")  # from the folder of the notebooks: what `dynattn figures` drew
 INKS = [style.ORANGE, style.BLUE, "#009E73", "#CC79A7", style.GREY]  # Okabe and Ito: all colour vision tells them apart
 HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
 JPEG = {"format": "jpeg", "pil_kwargs": {"quality": 88}}
@@ -66,6 +71,33 @@ def shipped(file: str | PathLike, side: int = 1150) -> None:
     picture.thumbnail((side, side))
     picture.save(small, format="jpeg", quality=85)
     display(Image(small.getvalue()))
+
+
+def recorded(paper: str, gallery: Path = GALLERY) -> dict[int | str, dict[str, Any]]:
+    """The entries of a paper's figures by their numbers, as conditions.json has them.
+
+    Raises AssertionError where one was drawn with other weights than those that ship, or on a photograph of one's own.
+    """
+    entries = json.loads((gallery / "conditions.json").read_text())
+    entries = {entry["figure"]: entry for entry in entries if entry["paper"] == paper}
+    for number, entry in entries.items():
+        for one in entry["weights"]:
+            name = Path(one["file"]).stem
+            story = weights.read(weights.path(name))[1] if name in weights.available() else {}
+            same = all(story.get(key, "none") == one.get(key) for key in ("command", "accuracy"))
+            assert same and entry["networks"], f"figure {number} is of others: run `dynattn figures --paper {paper}`"
+    return entries
+
+
+def measured(entries: Mapping[Any, dict]) -> None:
+    """What figures measured, beside the nulls, by the names that the figures are given here."""
+    rows = []
+    for figure, entry in entries.items():
+        for one in entry["measures"]:
+            random = " / ".join(f"{value:.2f}" for value in one["random"].values())
+            other = "" if one["other"] is None else f"{one['other']:.2f}"
+            rows.append((figure, one["name"], f"{one['trained']:.2f}", random, other, one["n"]))
+    table(("figure", "measure", "trained", "random weights", "another image's mask", "images"), rows)
 
 
 def agree(
