@@ -1169,8 +1169,8 @@ table(("", "the paper says", "here", "consequence", "flag"), [(i, *row) for i, r
 #
 # The measure is the **normalised mutual information** of groups and object in an image: how much knowing the group of a
 # query tells about whether it lies on the object; zero for nothing, one for everything. It says nothing by itself, so
-# it stands beside two nulls: networks with **random weights**, and the same groups with **another image's mask**. A head
-# is chosen for its groups on 50 images and measured on the others; in the mean of all heads nothing is chosen.
+# it stands beside two nulls: networks with **random weights**, and the same groups with **another image's mask**.
+# Heads are chosen for their groups on 50 images and measured on the others; in the mean of all heads nothing is chosen.
 
 # %%
 figures = recorded("dgt")

@@ -57,6 +57,20 @@ def test_arguments_arrive():
         timm.create_model("dat_tiny", pretrained=True)
 
 
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_what_timm_s_training_script_passes(name):
+    """Rates that it was not given are None, which timm leaves out, or 0."""
+    nothing = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
+    given = dict(pretrained=False, in_chans=3, num_classes=10, drop_rate=0.5, scriptable=False, checkpoint_path="")
+    model = timm.create_model(name, **given, **nothing).train()
+    features = torch.randn(1, model.num_features, 4, 4).expand(64, -1, -1, -1)
+    dropped = model.forward_head(features, pre_logits=True) == 0
+    assert 0.4 < dropped.double().mean() < 0.6 and model.forward_head(features).std(dim=0).min() > 0
+    assert torch.equal(*model.eval().forward_head(features[:2]))
+    with pytest.raises(ValueError, match="drop_rate: expected a number from 0 to below 1, got 1"):
+        timm.create_model(name, drop_rate=1)
+
+
 def test_the_same_model_as_ours():
     torch.manual_seed(0)
     theirs = timm.create_model("dat_mini").eval()

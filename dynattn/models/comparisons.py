@@ -20,6 +20,7 @@ from dynattn.models.layers import (
     PatchEmbedding,
     Stage,
     check_classes,
+    check_rate,
     check_stages,
     drop_path_rates,
     initialise,
@@ -152,12 +153,14 @@ class CSWin(GroupedModel, Backbone):
         attention: str = "cross_shaped",
         groups: int = 48,
         keys: int = 98,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
     ):
         super().__init__()
         core.positive("in_chans", in_chans)
         core.one_of("attention", attention, ("cross_shaped", "dynamic_group"))
         check_classes(num_classes)
+        check_rate("drop_rate", drop_rate)
         count = check_stages(depths, dims=dims, heads=heads, stripes=stripes)
         self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
@@ -176,5 +179,6 @@ class CSWin(GroupedModel, Backbone):
             merge = PatchEmbedding(dims[i - 1], dims[i], 3, 2) if i else nn.Identity()
             self.stages.append(Stage(merge, [Block(dims[i], layer(i), drop_path=rate) for rate in rates[i]]))
         self.norm = nn.LayerNorm(dims[-1])
+        self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(initialise)

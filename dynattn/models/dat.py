@@ -36,6 +36,7 @@ from dynattn.models.layers import (
     PatchEmbedding,
     Stage,
     check_classes,
+    check_rate,
     check_stages,
     drop_path_rates,
     initialise,
@@ -60,8 +61,8 @@ class DAT(Backbone):
     strides: r by stage (Table 8 has 2 in stage 3).  offset_range: s, one number or one a stage.  offsets,
     position_bias: Table 6.  detr_points: K by stage for "deformable_detr" (Table 8).
     conv_embedding: overlapping 7 x 7 stem and 3 x 3 down-sampling (DAT-T*, Table 9).
-    drop_path_rate: stochastic depth of the last block.  variant, reference, offset_unit, offset_norm, kernels, shift:
-    see the head of this file.
+    drop_rate: dropout before the classifier.  drop_path_rate: stochastic depth of the last block.
+    variant, reference, offset_unit, offset_norm, kernels, shift: see the head of this file.
     For small nets that train on little data: conv_stem, local_convs (`ConvStem`, `LocalConv`), and offset_zero_init,
     clamp (`DeformableAttention`).
     Raises ValueError, TypeError for arguments that do not fit together. Source: DAT section 3.3, Table 1.
@@ -90,6 +91,7 @@ class DAT(Backbone):
         conv_embedding: bool = False,
         conv_stem: bool = False,
         local_convs: bool = False,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         variant: str = "official",
         reference: str | None = None,
@@ -105,6 +107,7 @@ class DAT(Backbone):
         core.one_of("early", early, ("shifted", "sra"))
         core.positive("in_chans", in_chans)
         check_classes(num_classes)
+        check_rate("drop_rate", drop_rate)
         if not isinstance(deformable_stages, Sequence):
             raise TypeError(f"deformable_stages: expected numbers of stages, got {deformable_stages!r}")
         given = dict(
@@ -176,6 +179,7 @@ class DAT(Backbone):
             ]
             self.stages.append(Stage(embedding(i - 1) if i else nn.Identity(), layers))
         self.norm = nn.LayerNorm(dims[-1])
+        self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.head.apply(initialise)
 

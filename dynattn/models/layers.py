@@ -135,7 +135,7 @@ def initialise(module: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """The interface of a hierarchical backbone, as timm has it, for a model with `embed`, `stages`, `norm`, `head`.
+    """The interface of a hierarchical backbone, as timm has it: a model has `embed`, `stages`, `norm`, `drop`, `head`.
 
     A stage maps (B, H, W, C) to the next map; `feature_info` tells channels, reduction and module of each.
     """
@@ -166,8 +166,8 @@ class Backbone(nn.Module):
         return rearrange(self.norm(self.stage_maps(x)[-1]), "B h w c -> B c h w")
 
     def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B out"]:
-        """Global average, then the classifier (`pre_logits`: the average itself)."""
-        pooled = x.mean(dim=(2, 3))
+        """Global average, dropout, then the classifier (`pre_logits`: without it)."""
+        pooled = self.drop(x.mean(dim=(2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
