@@ -1,6 +1,11 @@
 """Numbers for the tests of operations, and the budget of their errors at low precision."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,3 +51,34 @@ def errors_and_budget(
         return torch.tensor([float((got[key].double() - want[key]).abs().max()) / scale[key] for key in want])
 
     return errors(function), errors(loops).clamp(min=torch.finfo(dtype).eps / 2)
+
+
+NOBODY = """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Nobody:
+        get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+        get_current_device = lambda self: 0
+        get_current_stream = lambda self, device: 0
+
+    def compiled(self, *arguments, grid, warmup, **options):
+        kernel = kernels[self] = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"] and kernel.metadata.shared <= 227 * 1024, (self.__name__, kernel.metadata.shared)
+
+    driver.set_active(Nobody())
+    run, JITFunction.run = JITFunction.run, compiled
+    kernels = {}
+"""
+
+
+def compile_for_a_gpu(program: str) -> None:
+    """Run a program whose calls of Triton kernels are compiled for compute capability 9.0, and nothing is launched.
+
+    The program finds them in `kernels`, by their functions. It runs in a process of its own, which does not interpret.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NOBODY) + textwrap.dedent(program)]
+    subprocess.run(run, cwd=Path(__file__).parents[1], check=True, timeout=600, env=environment)

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from helpers import DOUBLE, errors_and_budget, layouts, normal, somewhere
+from helpers import DOUBLE, compile_for_a_gpu, errors_and_budget, layouts, normal, somewhere
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -360,6 +360,16 @@ def test_torch_s_threads_are_found():
     assert frame._team() is not None
 
 
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU, which need not be theirs."""
+    entered, plain = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or plain(tensor))
+    x = torch.randn(1, 2, 3, 3).requires_grad_()
+    out = ops.sample_points(x, torch.rand(1, 4, 2), impl="numba")
+    torch.autograd.grad(out, x, grad := torch.ones_like(out))
+    assert len(entered) == 2 and torch.equal(entered[0], x) and torch.equal(entered[1], grad)
+
+
 def test_kernels_in_a_forked_process():
     """The threads of the parent are not the child's."""
     program = """
@@ -433,36 +443,34 @@ def test_importing_does_not_import_numba():
 
 
 @pytest.mark.skipif(not frame.INSTALLED["triton"], reason="Triton is not installed")
-def test_triton_s_kernels_compile_for_a_gpu():
-    """Without one: to machine code for compute capability 9.0, in a process that does not interpret."""
-    program = """
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from dynattn.kernels import deformable_triton, sampling_triton
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_triton_s_kernels_compile_for_a_gpu(dtype):
+    """Without one: the calls as they are. Nothing in float64 goes through float32, the scale neither."""
+    compile_for_a_gpu(f"""
+        from dynattn.kernels import deformable_triton as attention, sampling_triton as sampling
 
-        POINTERS = {"table", "places", "kept", "offset", "largest", "dplaces", "quantum", "points", "dpoints"}
-        OPTIONS = {"BIAS": True, "EXACT": False, "BLOCK_L": 64, "BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_S": 64, "D": 32}
-        def kind(name, dtype):
-            if name in OPTIONS:
-                return "constexpr"
-            if name in ("Q", "K", "V", "out", "grad", "dq", "dk", "dv", "x", "dx"):
-                return "*" + dtype
-            if name in POINTERS:
-                return "*fp32"
-            return {"counts": "*i64", "step_i": "fp32", "step_j": "fp32", "scale": "fp32"}.get(name, "i32")
-        one, other = deformable_triton, sampling_triton
-        for program in (one.forward_program, one.slopes_of_queries, one.slopes_of_keys,
-                        other.forward_program, other.slopes_of_points, other.slopes_of_cells):
-            for dtype in ("fp32", "bf16"):
-                names = program.arg_names
-                signature = {name: kind(name, dtype) for name in names}
-                constants = {(names.index(name),): OPTIONS[name] for name in names if name in OPTIONS}
-                source = ASTSource(program, signature, constexprs=constants)
-                assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-    """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True, timeout=600, env=environment)
+        PROGRAMS = {{
+            *(attention.forward_program, attention.slopes_of_queries, attention.slopes_of_keys),
+            *(sampling.forward_program, sampling.slopes_of_points, sampling.slopes_of_cells),
+        }}
+
+        def calls(B, h, G, H, W, N, d, with_table):
+            q, k = (torch.zeros(B, h, L, d, dtype=torch.{dtype}) for L in (H * W, N))
+            points, table = torch.zeros(B, G, N, 2), torch.zeros(h, 2 * H - 1, 2 * W - 1) if with_table else None
+            inputs = q, k, k, points, table, H, W, True, 0.3
+            out, kept = attention.forward(*inputs)
+            attention.backward(out, out, kept, *inputs)
+            x, points = torch.zeros(B, h, H, W, dtype=torch.{dtype}), points[:, 0]
+            (out,) = sampling.forward(x, points)
+            sampling.backward(out, out, x, points)
+
+        for sizes in ((1, 2, 1, 7, 5, 6, 32, True), (2, 6, 3, 8, 8, 40, 20, False), (1, 1, 1, 1, 1, 1, 1, True)):
+            calls(*sizes)
+            assert set(kernels) == PROGRAMS
+            if "{dtype}" == "float64":
+                assert not [program.__name__ for program, one in kernels.items() if "cvt.f64.f32" in one.asm["ptx"]]
+            kernels.clear()
+    """)
 
 
 # ------------------------------------------------------------------------------------------------ what they consist of

@@ -68,7 +68,8 @@ def logits(
 
 @triton.jit
 def forward_program(
-    Q, K, V, table, places, out, kept, L, N, d, h, G, step_i, step_j, I, J, width, scale,
+    Q, K, V, table, places, out, kept,
+    L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of a head: its output, the largest logit and the sum of each softmax."""
@@ -79,6 +80,7 @@ def forward_program(
     queries, columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L), tl.arange(0, D)
     q = matrix(Q + item * L * d, queries, columns, L, d, D)
     number = places.dtype.element_ty
+    step_i, step_j, scale = tl.full((), step_i, number), tl.full((), step_j, number), tl.full((), scale, number)
     top = tl.full((BLOCK_L,), float("-inf"), number)
     bottom, summed = tl.zeros((BLOCK_L,), number), tl.zeros((BLOCK_L, D), number)
     for n in range(0, N, BLOCK_N):
@@ -115,7 +117,8 @@ def softmax_slopes(
 
 @triton.jit
 def slopes_of_queries(
-    Q, K, V, grad, kept, offset, table, places, dq, largest, L, N, d, h, G, step_i, step_j, I, J, width, scale,
+    Q, K, V, grad, kept, offset, table, places, dq, largest,
+    L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of a head: their gradient, and the largest slope of a logit."""
@@ -127,6 +130,7 @@ def slopes_of_queries(
     q = matrix(Q + item * L * d, queries, columns, L, d, D)
     g = matrix(grad + item * L * d, queries, columns, L, d, D)
     number = places.dtype.element_ty
+    step_i, step_j, scale = tl.full((), step_i, number), tl.full((), step_j, number), tl.full((), scale, number)
     summed, most = tl.zeros((BLOCK_L, D), number), tl.zeros((BLOCK_L,), number)
     for n in range(0, N, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
@@ -151,7 +155,7 @@ def collect(table, values, inside, quantum):
 @triton.jit
 def slopes_of_keys(
     Q, K, V, grad, kept, offset, table, places, dk, dv, dplaces, counts, quantum,
-    L, N, d, h, G, step_i, step_j, I, J, width, scale,
+    L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of a head: gradients of keys, values and places, and what they add to the table's."""
@@ -163,6 +167,7 @@ def slopes_of_keys(
     keys, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D)
     k, v = matrix(K + item * N * d, keys, columns, N, d, D), matrix(V + item * N * d, keys, columns, N, d, D)
     number = places.dtype.element_ty
+    step_i, step_j, scale = tl.full((), step_i, number), tl.full((), step_j, number), tl.full((), scale, number)
     by_key, by_value = tl.zeros((BLOCK_N, D), number), tl.zeros((BLOCK_N, D), number)
     by_row, by_col = tl.zeros((BLOCK_N,), number), tl.zeros((BLOCK_N,), number)
     unit = tl.load(quantum)

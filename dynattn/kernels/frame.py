@@ -65,14 +65,19 @@ def operators(
 
 def function(name: str, fake: Callable, file: str) -> Callable:
     """The custom operator, without gradients, of a function `name` in kernels/FILE.py; it looks like `fake`."""
-    return _define(name, fake, lambda *arguments: getattr(import_module(f"dynattn.kernels.{file}"), name)(*arguments))
+    return _define(name, fake, file, name)
 
 
-def _define(name: str, fake: Callable, run: Callable) -> Callable:
-    """A custom operator of torch that looks like `fake` and does what `run` does.
+def _define(name: str, fake: Callable, file: str, function: str) -> Callable:
+    """A custom operator of torch that looks like `fake` and does what a function of kernels/FILE.py does.
 
     As torch.library.custom_op, without its wrapper, which imports torch's compiler, for seconds, at the first call.
     """
+
+    def run(*arguments):
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current GPU; nothing for other tensors
+            return getattr(import_module(f"dynattn.kernels.{file}"), function)(*arguments)
+
     LIBRARY.define(name + torch.library.infer_schema(fake, mutates_args=()))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dynattn::{name}", fake)
@@ -80,11 +85,9 @@ def _define(name: str, fake: Callable, run: Callable) -> Callable:
 
 
 def _operator(name: str, forward: Callable, backward: Callable, flops: Callable, file: str) -> Callable:
-    def of(part: str) -> Callable:
-        return lambda *arguments: getattr(import_module(f"dynattn.kernels.{file}"), part)(*arguments)
-
     arity = len(signature(forward).parameters)
-    ahead, back = _define(name, forward, of("forward")), _define(f"{name}_backward", backward, of("backward"))
+    ahead = _define(name, forward, file, "forward")
+    back = _define(f"{name}_backward", backward, file, "backward")
 
     def keep(ctx, inputs, output):
         values = (*output, *inputs)
