@@ -146,15 +146,18 @@ def as_printed_attention(
     """
     read = membership(groups, selected, k.shape[2])
     P = q @ k.mT  # DGT-11
-    weights = (P if 12 in as_printed else P * scale).masked_fill(~read, -torch.inf).softmax(-1)  # DGT-12
-    weights = weights * scale if 12 in as_printed else weights
-    P = P.masked_fill(~read, 0)
-    weights = P if 13 in as_printed else weights
+    weights = as_printed_weights(P.masked_fill(~read, -torch.inf), scale, as_printed)
     Y = weights @ v  # DGT-13
     if 17 in as_printed:
-        wrong = P.detach() @ (v - v.detach())  # nothing, but for its slope by v
+        wrong = P.detach().masked_fill(~read, 0) @ (v - v.detach())  # nothing, but for its slope by v
         Y = weights @ v.detach() + wrong  # DGT-17
     return Y
+
+
+def as_printed_weights(P: Float[Tensor, "... S"], scale: float, as_printed: Collection[int]) -> Float[Tensor, "... S"]:
+    """What weighs the values, from logits that are -inf where nothing is read."""
+    weights = P.softmax(-1) * scale if 12 in as_printed else (P * scale).softmax(-1)  # DGT-12
+    return P.masked_fill(P.isneginf(), 0) if 13 in as_printed else weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,16 +365,20 @@ class DynamicGroupRecord(tracing.Record):
 
     def weights(self, head: int = 0) -> Float[Tensor, "L n"]:
         """Attention of every query to the keys of its group, in the order of `selected`."""
-        A = self.effective_matrix(head)
-        return A.gather(1, self.selected[head][self.groups[head]])
+        self.check_head(head)
+        A = self.q.new_empty(self.q.shape[1], self.selected.shape[2])
+        for j in self.groups[head].unique():
+            inside = self.groups[head] == j
+            A[inside] = self.attention(self.q[head, inside], head, self.selected[head, j])
+        return A
+
+    def attention(self, q: Float[Tensor, "i d"], head: int, cells: Int[Tensor, " n"]) -> Float[Tensor, "i n"]:
+        """Of some queries to the keys of some cells."""
+        return as_printed_weights(q @ self.k[head, cells].mT, self.scale, self.as_printed)  # DGT-11
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
-        self.check_head(head)
-        one = lambda t: t[head][None, None]  # noqa: E731
-        S = self.k.shape[1]
-        everything = torch.eye(S, dtype=self.k.dtype, device=self.k.device)[None, None]
-        arguments = one(self.q), one(self.k), everything, one(self.groups), one(self.selected), self.scale
-        return as_printed_attention(*arguments, self.as_printed)[0, 0]
+        A = self.weights(head)
+        return A.new_zeros(len(A), self.k.shape[1]).scatter(1, self.selected[head, self.groups[head]], A)
 
     def value(self, head: int = 0) -> Float[Tensor, "S d"]:
         self.check_head(head)
@@ -386,4 +393,4 @@ class DynamicGroupRecord(tracing.Record):
         self.check_head(head)
         query = self.query(row, col)
         cells = self.selected[head, self.groups[head, query]]
-        return tracing.Keys(self.cells().to(self.q)[cells], self.weights(head)[query])
+        return tracing.Keys(self.cells().to(self.q)[cells], self.attention(self.q[head, query, None], head, cells)[0])
