@@ -59,34 +59,38 @@ class Record:
     """One attention layer in one forward pass of one image.
 
     A mechanism's record stores its tensors without the batch dimension and sets `kind`, `query_shape` (H, W) and
-    `heads`. The trace adds `name`, `image_shape` and `stride` (image pixels for each cell of the query map).
+    `heads`; z (M, L, d), what the layer computed; v (M, S, d), the values of the source tokens. It answers `weights`,
+    and where its keys are not the source tokens themselves `effective_matrix` and `value`. The trace adds `name`,
+    `image_shape` and `stride` (image pixels for each cell of the query map).
     """
 
     kind: str
     query_shape: tuple[int, int]
     heads: int
+    z: Float[Tensor, "M L d"]
+    v: Float[Tensor, "M S d"]
     name: str = ""
     image_shape: tuple[int, int] | None = None
     stride: tuple[float, float] = (1.0, 1.0)
     exact: bool = True  # whether A_eff @ value == output in every head, up to rounding; else see `rest`
-
-    # What a mechanism must answer ---------------------------------------------------------------------------------
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         """Attention of every query to the mechanism's own keys: rows after the softmax."""
         raise NotImplementedError
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
-        """A_eff (queries, source tokens) with out = A_eff @ V; see `exact`."""
-        raise NotImplementedError
+        """A_eff (queries, source tokens) with out = A_eff @ V, see `exact`: by default the attention itself."""
+        return self.weights(head)
 
     def value(self, head: int = 0) -> Float[Tensor, "S d"]:
         """The values of the source tokens that A_eff is applied to."""
-        raise NotImplementedError
+        self.check_head(head)
+        return self.v[head]
 
     def output(self, head: int = 0) -> Float[Tensor, "L d"]:
         """What the layer computed for this head, before the heads are concatenated."""
-        raise NotImplementedError
+        self.check_head(head)
+        return self.z[head]
 
     # What follows from it -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.simd import (
     LANES,
     OPTIONS,
-    REGISTER_BYTES,
+    lanes_of,
     leading,
     load,
     multiply,
@@ -105,7 +105,7 @@ def read_bias(table, places, step, runs, keys, i, j, stop, bias, t):
     Vectors write over the end of each run; what comes next writes there again.
     """
     first, cell, part = runs
-    lanes, rows = REGISTER_BYTES // bias.itemsize, table.shape[0] - 2 * MARGIN
+    lanes, rows = lanes_of(bias), table.shape[0] - 2 * MARGIN
     for n in range(keys[0], keys[1]):
         line = n - keys[0]
         above, low = row_place(places[n, 0], step[0], i, rows)
@@ -135,7 +135,7 @@ def read_bias(table, places, step, runs, keys, i, j, stop, bias, t):
 def spread_bias(table, places, step, runs, keys, i, j, stop, slopes, t, table_slopes, place_slopes):
     """The backward of `read_bias`: adds what the slopes of the logits mean for the table and for each key's place."""
     first, cell, part = runs
-    lanes, rows = REGISTER_BYTES // slopes.itemsize, table.shape[0] - 2 * MARGIN
+    lanes, rows = lanes_of(slopes), table.shape[0] - 2 * MARGIN
     for n in range(keys[0], keys[1]):
         line = n - keys[0]
         above, low = row_place(places[n, 0], step[0], i, rows)

@@ -79,10 +79,6 @@ class SpatialReductionRecord(tracing.Record):
         self.check_head(head)
         return self.cell_of() @ self.v[head]
 
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """All cells of the map, each with its part of the weight of its reduced token."""
         weight = self.effective_matrix(head)[self.query(row, col)]
@@ -165,18 +161,6 @@ class CrossShapedRecord(tracing.Record):
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
         hidden = torch.zeros_like(self.may_read(head), dtype=self.q.dtype).masked_fill(~self.may_read(head), -torch.inf)
         return core.attention_weights(self.q[head], self.k[head], hidden, self.q.shape[-1] ** -0.5)
-
-    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L L"]:
-        """The attention to the cells of the stripe."""
-        return self.weights(head)
-
-    def value(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.v[head]
-
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The cells of the query's stripe, whatever their weight."""

@@ -371,10 +371,6 @@ class DeformableRecord(tracing.Record):
         self.check_head(head)
         return self.source_values[head]
 
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     @property
     def exact(self) -> bool:
         inside = all(bool((1 - self.reads(g).sum(dim=1)).abs().max() < 1e-5) for g in range(self.groups))

@@ -144,10 +144,6 @@ class DeformableDetrRecord(tracing.Record):
         self.check_head(head)
         return rearrange(self.v[head], "d H W -> (H W) d")
 
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The K points of the query at image pixel (row, col), and their weights."""
         self.check_head(head)

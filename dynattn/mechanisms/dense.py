@@ -80,18 +80,6 @@ class DenseRecord(tracing.Record):
         self.check_head(head)
         return core.attention_weights(self.q[head], self.k[head], None, self.scale)  # DAT-2
 
-    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
-        """A_eff is the attention itself."""
-        return self.weights(head)
-
-    def value(self, head: int = 0) -> Float[Tensor, "S d"]:
-        self.check_head(head)
-        return self.v[head]
-
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """All cells of the map, whatever their weight; what the prefix gets is missing from the sum of the weights."""
         self.check_head(head)

@@ -380,14 +380,6 @@ class DynamicGroupRecord(tracing.Record):
         A = self.weights(head)
         return A.new_zeros(len(A), self.k.shape[1]).scatter(1, self.selected[head, self.groups[head]], A)
 
-    def value(self, head: int = 0) -> Float[Tensor, "S d"]:
-        self.check_head(head)
-        return self.v[head]
-
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The keys of the group that the query at image pixel (row, col) is in, and its attention to each."""
         self.check_head(head)

@@ -285,18 +285,6 @@ class WindowRecord(tracing.Record):
         weights[self.places[:, :, None], self.places[:, None, :]] = self.attention[:, head]
         return weights[1:, 1:]
 
-    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L L"]:
-        """A_eff is the attention itself: the keys are the source tokens."""
-        return self.weights(head)
-
-    def value(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.v[head]
-
-    def output(self, head: int = 0) -> Float[Tensor, "L d"]:
-        self.check_head(head)
-        return self.z[head]
-
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The cells of the query's window that its mask lets it read, whatever their weight; padding is no cell."""
         self.check_head(head)
