@@ -168,7 +168,7 @@ def add_figures(commands) -> None:
         "  dynattn figures\n"
         "  dynattn figures --paper dgt --only 3 table4b\n"
         "  dynattn figures --only 6 7 --image cat.jpg\n"
-        "  dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth --out cat_figures",
+        "  dynattn figures --image cat.jpg --weights dat_tiny_in1k_224.pth --out cat_in_dat_tiny",
     )
     add_paper(sub)
     sub.add_argument(
@@ -186,7 +186,12 @@ def add_figures(commands) -> None:
         help="a published or trained checkpoint; the model is read off its contents",
     )
     sub.add_argument("--model", metavar="NAME", help="a model by name, to say or to check which one it is")
-    sub.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="(default: %(default)s)")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="(default: figures; with an image, a checkpoint or a model of yours NAME_figures)",
+    )
     sub.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default: %(default)s)"
     )
@@ -227,10 +232,11 @@ def add_train(commands) -> None:
         train,
         "train a small model on the procedural shapes",
         "Each model has a recipe (dynattn/training/recipes.py); the options below change it. A run that was\n"
-        "stopped, in whatever way, goes on where it was when the same command is given again.",
+        "stopped, in whatever way, goes on from its last checkpoint, about half a minute old at most, when the\n"
+        "same command is given again.",
         "  dynattn train dat_mini\n"
         "  dynattn train dat_mini --steps 200 --size 64 --out runs/try\n"
-        "  dynattn train dat_mini --model-options '{\"drop_path\": 0.1}'\n"
+        "  dynattn train dat_mini --model-options '{\"drop_path_rate\": 0.1}'\n"
         "  torchrun --standalone --nproc-per-node 2 -m dynattn train dat_mini",
     )
     sub.add_argument("name", metavar="NAME", help="dat_mini or another model that has a recipe")
@@ -333,5 +339,5 @@ def json_object(text: str) -> dict:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"drop_path\": 0.1}}', got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"drop_path_rate\": 0.1}}', got {text!r}")
     return value

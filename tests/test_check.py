@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from dynattn import cli
+from dynattn import cli, verify
 from dynattn.verify import student
 
 LINUX = sys.platform == "linux"
@@ -97,6 +97,15 @@ def test_an_error_shows_the_students_own_lines(verdicts):
     assert 'File "helper.py", line 2, in half' in lines
     assert not any("dynattn/" in line or "torch/" in line for line in lines)
     assert lines[-2].startswith("in the case of x (1, 1, 1, 1)") and lines[-1].startswith("again: verify.case(")
+
+
+def test_libraries_in_the_student_s_folder_are_not_the_student_s():
+    """As where the file lies in the project's folder, with its environment."""
+    try:
+        verify.check("no_such", None)
+    except ValueError as error:
+        lines = student.told(error, Path(__file__).parents[1] / "answers.py", 1).splitlines()
+    assert lines[0].startswith("ValueError: ") and 'File "tests/test_check.py"' in lines[1] and len(lines) <= 4
 
 
 def test_what_is_no_function_is_told(verdicts):

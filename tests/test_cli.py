@@ -83,10 +83,10 @@ def test_figures_passes_its_options(called, tmp_path):
     image.touch()
     calls = called("figures", "draw")
     assert cli.main(["figures", "--only", "5", "6", "--image", str(image), "--model", "dat_tiny", "--seed", "3"]) == 0
-    expected = dict(paper="dat", only=[5, 6], image=image, model="dat_tiny", out=Path("figures"), seed=3)
+    expected = dict(paper="dat", only=[5, 6], image=image, model="dat_tiny", seed=3)
     assert calls == [((), expected)]
     assert cli.main(["figures", "--paper", "dgt", "--only", "3", "table4b"]) == 0
-    assert calls[1][1] == dict(paper="dgt", only=[3, "table4b"], out=Path("figures"), seed=0)
+    assert calls[1][1] == dict(paper="dgt", only=[3, "table4b"], seed=0)
 
 
 def test_train_passes_only_what_was_given(called):

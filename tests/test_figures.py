@@ -1,6 +1,7 @@
 """The figures: measures with known answers, and the command that draws, checks, merges and reports."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from dynattn import create_model, official, tracing, weights
+from dynattn import create_model, figures, official, tracing, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import dat, draw, gallery, measures, subjects
 from dynattn.mechanisms.window import WindowAttention
@@ -346,6 +347,20 @@ def published(model: nn.Module) -> dict[str, torch.Tensor]:
     state = {entries[name].name: tensor for name, tensor in model.state_dict().items()}
     flat = lambda t: rearrange(t, "h I J -> (I J) h")  # noqa: E731
     return {key: flat(t) if key.endswith("relative_position_bias_table") else t for key, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ((None, None, None), "figures"),
+        (("photos/cat.jpg", None, None), "cat_figures"),
+        ((Path("cat.jpg"), Path("w/dat_tiny_in1k_224.pth"), "dat_tiny"), "cat_dat_tiny_in1k_224_figures"),
+        ((None, None, "dat_mini"), "dat_mini_figures"),
+        ((np.zeros((8, 8), np.uint8), None, None), "own_figures"),
+    ],
+)
+def test_what_is_one_s_own_does_not_replace_the_gallery(given, folder):
+    assert figures.default_folder(*given) == Path(folder)
 
 
 @pytest.mark.parametrize(

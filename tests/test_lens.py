@@ -448,7 +448,7 @@ except ImportError as error:
     print(error)
 """
     lines = run(code).splitlines()
-    assert lines[0] == "True" and "pip install 'dynattn[notebooks]'" in lines[1]
+    assert lines[0] == "True" and "pip install -e '.[notebooks]'" in lines[1]
 
 
 def test_importing_the_widgets_is_light():

@@ -122,6 +122,14 @@ def program(*words) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_slow_run_is_saved_with_every_row_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_AFTER", 0)
+    interrupt(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, log_every=2, save_every=1000)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
 def test_training_learns(tmp_path):
     recipe = Recipe("net", train_count=128, steps=150, batch=32, lr=1e-2)
     model = run(tmp_path, recipe, log_every=10, save_every=150, evaluate_every=150)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for channels in [0, 1]
@@ -39,6 +39,8 @@ def read_image(source: Any) -> Image.Image:
 def _read_file(path: Path) -> Image.Image:
     if path.is_dir():
         raise ValueError(f"image: expected a picture file, got the folder {str(path)!r}")
+    if not path.exists():
+        raise FileNotFoundError(f"image: no file {str(path)!r}")
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -46,7 +48,8 @@ def _read_file(path: Path) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"image: {str(path)!r} is too large: {error}; make it smaller first") from error
         except Exception as error:  # decoders raise what they like on bytes that are no picture
-            raise ValueError(f"image: expected a picture that Pillow can read, got {str(path)!r}: {error}") from error
+            reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+            raise ValueError(f"image: expected a picture that Pillow can read, got {str(path)!r}{reason}") from error
         return _decode(picture, repr(str(path)))
 
 

@@ -40,17 +40,18 @@ def draw(
     image: Any = None,
     weights: str | PathLike | None = None,
     model: str | None = None,
-    out: str | PathLike = Path("figures"),
+    out: str | PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Draw a paper's figures into the folder `out`, print what they measure, and return an entry for each.
+    """Draw a paper's figures into a folder, print what they measure, and return an entry for each.
 
     only: numbers of figures, names of tables (None: all that the other arguments allow). image: a photograph of one's
     own, anything that `read_image` takes; there is no mask of it, so nothing is measured against an object, and what
     compares models on many images, DAT's figure 4 and DGT's table 4b, is left out. weights: any checkpoint of the
     paper's models, published (.pth) or ours (.safetensors); what has checkpoints of its own is left out. model: the
-    name of a model that ships trained, or the one that `weights` must hold. seed: of the random networks.
+    name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default `figures`, or
+    NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random networks.
     An entry is what conditions.json has of a figure: file, caption, weights, images, versions, measures, nulls.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
@@ -65,7 +66,7 @@ def draw(
     numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
     setting.check()
     networks = {network: n for number in numbers for network, n in plans[number].networks(setting).items()}
-    out = Path(out)
+    out = default_folder(image, weights, model) if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
     entries = []
@@ -79,6 +80,15 @@ def draw(
             setting.bar.update()
     print(gallery.table(entries, out, about))
     return entries
+
+
+def default_folder(image: Any, weights: str | PathLike | None, model: str | None) -> Path:
+    """Where figures go: what is one's own does not replace the gallery."""
+    if image is weights is model is None:
+        return Path("figures")
+    files = [Path(file).stem for file in (image, weights) if isinstance(file, str | PathLike)]
+    names = files or [model or "own"]
+    return Path("_".join([*names, "figures"]))
 
 
 def called(number: int | str) -> str:
@@ -99,6 +109,8 @@ def chosen(
         raise ValueError(f"only: expected figures of {', '.join(map(str, plans))}, got {', '.join(unknown)}")
     if only is None:
         numbers = [number for number in plans if not (reason and plans[number].compares)]
+        for number in (number for number in plans if number not in numbers):
+            print(f"{called(number)} is left out: it compares shipped models on the test images; it takes no {reason}")
     else:
         numbers = [number for number in plans if number in only]
     for number in tuple(numbers):

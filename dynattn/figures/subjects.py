@@ -179,7 +179,8 @@ class Setting:
         x = self.own.x if self.own else torch.zeros(3, *self.subject.size)
         if not trace(self.subject.model, x).of_kind(self.paper.kind):
             kind = self.paper.kind.replace("_", " ")
-            raise ValueError(f"weights: expected a model with {kind} layers, got {self.subject.name}")
+            advice = "another paper's figures are drawn with paper=... (--paper)"
+            raise ValueError(f"weights: expected a model with {kind} layers, got {self.subject.name}; {advice}")
 
     def evaluation(self, network: str, model: nn.Module, count: int | None = None, **options) -> dict:
         """The paper's evaluation of a network on the first `count` test images, once for each name of a network."""

@@ -29,6 +29,7 @@ from .recipes import Recipe, command, conditions, get_recipe
 Photographs = tuple[UInt8[np.ndarray, "n 3 H W"], Int64[np.ndarray, " n"]]  # images and their labels
 
 INITIALISATION, ORDER, AUGMENTATION, DROPPING = range(4)  # what random numbers are drawn for
+SAVE_AFTER = 30  # seconds: what a run that is killed may lose, and the steps to the next row of the log
 
 
 def train(
@@ -98,7 +99,8 @@ def fit(
     """Train a model in place on images in memory and return the rows of its log: `train` without data and export.
 
     A batch is split over the processes, so that any number of them takes the same steps. A row of the log, a checkpoint
-    and a test come after so many steps each, and after the last one.
+    and a test come after so many steps each, and after the last one; a checkpoint also with the first row of the log
+    that stands half a minute after the last.
     """
     out = Path(out)
     accelerator = make_accelerator()
@@ -124,7 +126,8 @@ def fit(
     if accelerator.is_main_process:
         checkpoints.write_log(out, rows)
 
-    began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
+    last_saved = time.perf_counter()
+    began = last_saved - (rows[-1]["seconds"] if rows else 0)
     bar = tqdm(total=recipe.steps, initial=start, unit="step", disable=not (progress and accelerator.is_main_process))
     pending = []  # what the steps since the last row measured: no waiting for the device in between
     model.train()
@@ -146,7 +149,8 @@ def fit(
                     rows[-1]["test_accuracy"], rows[-1]["test_loss"] = evaluate(model, *test_set)
                     model.train()
                 checkpoints.write_log(out, rows)
-                if saves:
+                if saves or time.perf_counter() - last_saved > SAVE_AFTER:
+                    last_saved = time.perf_counter()
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     checkpoints.save(out, {"conditions": conditions(recipe, seed), "step": step, "rows": rows, **state})
             bar.update(step - bar.n)

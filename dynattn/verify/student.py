@@ -24,6 +24,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from inspect import isclass
 from pathlib import Path
+from sysconfig import get_paths
 from types import ModuleType
 
 from safetensors import SafetensorError
@@ -385,7 +386,7 @@ def _tasks() -> int:
 
 
 def told(error: BaseException, path: Path, memory: int) -> str:
-    """An error as text: its lines in the student's folder, and what it says."""
+    """An error as text: its lines in the student's folder, not those of libraries, and what it says."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         what = f"needed more than {memory} MiB of memory"
     elif isinstance(error, SystemExit):
@@ -393,7 +394,9 @@ def told(error: BaseException, path: Path, memory: int) -> str:
     else:
         what = "".join(traceback.format_exception_only(error)).strip()
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
+    libraries = [Path(__file__).parents[1], *map(Path, get_paths().values())]  # they may lie in that folder
+    is_in = lambda folders, frame: any(Path(frame.filename).is_relative_to(folder) for folder in folders)  # noqa: E731
+    own = [frame for frame in frames if is_in([path.parent], frame) and not is_in(libraries, frame)]
     for frame in own:
         frame.filename = str(Path(frame.filename).relative_to(path.parent))
     return "".join([what, "\n", *traceback.StackSummary.from_list(own).format()]).rstrip()[:LONGEST_TEXT]

@@ -21,7 +21,7 @@ try:
     from traitlets import CFloat, List, TraitError, observe, validate
 except ImportError as error:
     raise ImportError(
-        "the lens in a notebook needs anywidget: pip install 'dynattn[notebooks]'; "
+        "the lens in a notebook needs anywidget: in the project's folder, pip install -e '.[notebooks]'; "
         "dynattn.widgets.save_page(models, image, path) writes it as a page without"
     ) from error
 
