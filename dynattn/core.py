@@ -82,8 +82,18 @@ def check_indices(name: str, indices: object, like: Tensor, shape: tuple[int, ..
     check_kind(name, indices, torch.int64, like)
     if tuple(indices.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
-    if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
+    if torch.compiler.is_compiling():
+        require(((indices >= 0) & (indices < below)).all(), f"{name}: expected values from 0 to {below - 1}")
+    else:
         frame.check(name, indices, 0, below - 1)
+
+
+def require(held: Tensor | bool, message: str) -> None:
+    """Raise ValueError unless something holds; a compiled graph raises RuntimeError, when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(held, message)
+    elif not held:
+        raise ValueError(message)
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:

@@ -284,8 +284,8 @@ def test_compile_with_dynamic_shapes():
         for wrong, mask in ((routes + S, None), (routes - S, None), (routes, some & False)):
             try:
                 compiled(*tensors, wrong, mask)
-            except ValueError as error:
-                assert "expected values from" in str(error), error
+            except (RuntimeError, ValueError) as error:
+                assert any(f"expected {what}" in str(error) for what in ("values from", "a key to read")), error
             else:
                 raise AssertionError("memory of others was read")
     """
@@ -535,3 +535,20 @@ def test_the_kernel_reads_no_memory_of_others():
     ):
         with pytest.raises(ValueError, match=told):
             bilevel.FORMS["numba"](q, k, v, wrong, mask, 1.0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "numba"])
+def test_a_compiled_graph_looks_at_the_values(impl, unchecked):
+    torch.compiler.reset()
+    function = lambda q, k, v, routes, mask: ops.routed_attention(q, k, v, routes, key_mask=mask, impl=impl)  # noqa: E731
+    compiled = torch.compile(function, backend="aot_eager")
+    q, k, v, routes = inputs(*SIZES["several of each"])
+    every = torch.ones(k.shape[0], k.shape[2], k.shape[3], dtype=torch.bool)
+    torch.testing.assert_close(compiled(q, k, v, routes, every), function(q, k, v, routes, every))
+    for wrong, mask, message in (
+        (with_one(routes, 4), every, "routes: expected values from 0 to 3"),
+        (routes * 0, every, "routes: expected distinct regions"),
+        (routes, ~every, "key_mask: expected a key to read"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            compiled(q, k, v, wrong, mask)

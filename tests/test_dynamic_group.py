@@ -105,6 +105,36 @@ def test_neighbouring_numbers(below, impl):
         assert SELECT[impl](k, torch.ones(1, 1, 1), n).flatten().tolist() == selected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", FAST)
+def test_equal_keys_and_equal_centroids_of_any_numbers(impl, dtype):
+    """DGT-1: numbers that must be rounded. A matrix product sums in another order at another place."""
+    for S, G, d in product((5, 11, 50, 61, 113), (1, 3, 5, 48), (8, 32)):
+        e, k = F.normalize(torch.randn(1, G, d, dtype=dtype), dim=-1), torch.randn(1, 1, 1, d, dtype=dtype)
+        for keys in (k.expand(1, 1, S, d), k.expand(1, 1, S, d).contiguous(), k.mT.repeat(1, 1, 1, S).mT):
+            assert torch.equal(SELECT[impl](keys, e, 4), torch.arange(4).expand(1, 1, G, 4))
+        assert (ASSIGN[impl](torch.randn(1, 1, S, d, dtype=dtype), torch.cat([e, e], dim=1)) < G).all()
+
+
+@pytest.mark.parametrize(
+    ("likes", "order"),
+    [
+        ([-math.inf, math.nan, 1, -math.inf], [2, 0, 1, 3]),
+        ([math.inf, math.nan, -math.inf, 3, math.inf, -3.3e38], [0, 4, 3, 5, 1, 2]),
+        ([-1e300, -1e200, math.nan, -1e100, -1e301], [3, 1, 0, 4, 2]),
+        ([1e300, math.inf, -1e300, 5], [1, 0, 3, 2]),
+        ([math.nan, math.nan, math.nan], [0, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("impl", ["loops", *FAST, "triton"])
+def test_what_is_no_number_counts_as_the_least(impl, likes, order):
+    """DGT-1: as -inf; also beside what is infinite, and where halving an interval would take for ever."""
+    k = torch.tensor(likes, dtype=torch.float64)[None, None, :, None]
+    for n in range(1, len(order) + 1):
+        assert SELECT[impl](k, torch.ones(1, 1, 1).double(), n).flatten().tolist() == sorted(order[:n])
+    assert ASSIGN[impl](torch.ones(1, 1, 1, 1).double(), k[0].mT.reshape(1, -1, 1)).item() == order[0]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 @pytest.mark.parametrize("impl", ["loops", *FAST])
 def test_what_is_no_number_is_liked_least(impl, n):
@@ -343,7 +373,7 @@ def test_compile_with_dynamic_shapes():
             for wrong in ((groups + size, selected), (groups, selected - 1)):
                 try:
                     compiled(*tensors, *wrong)
-                except ValueError as error:
+                except (RuntimeError, ValueError) as error:
                     assert "expected values from 0 to" in str(error), error
                 else:
                     raise AssertionError("memory of others was read")
@@ -936,7 +966,8 @@ def test_complexity_as_torch_counts():
     B, h, L, d, G, n = 1, 2, 40, 8, 5, 7
     q, e = normal(B, h, L, d), normal(h, G, d)
     with FlopCounterMode(display=False) as counter:
-        groups, selected = ASSIGN["torch"](q, e), SELECT["torch"](q, e, n)
+        likes = q @ e.mT, q @ e.mT  # of queries, of keys; the torch form sums the products by itself
+        groups, selected = likes[0].argmax(-1), likes[1].mT.topk(n).indices
         ops.grouped_attention(q, q, q, groups, selected, impl="numba")
     assert counter.get_total_flops() / 2 == multiply_adds(L, h * d, G, n)[1] - n * G * math.log2(L)
     with FlopCounterMode(display=False) as counter:
@@ -1038,3 +1069,53 @@ def test_the_kernel_reads_no_memory_of_others(wrong):
         arguments[place] = with_one(arguments[place], value)
         with pytest.raises(ValueError, match=f"expected values from . to ., got {value}"):
             operator.OPERATORS["numba"](*arguments)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_a_compiled_graph_looks_at_the_values(impl, unchecked):
+    """A graph cannot raise what depends on numbers before it runs; the torch form would read another head's keys."""
+    torch.compiler.reset()
+    attend = torch.compile(lambda *arguments: ops.grouped_attention(*arguments, impl=impl), backend="aot_eager")
+    q, k, v = normal(1, 2, 6, 3), normal(1, 2, 5, 3), normal(1, 2, 5, 3)
+    torch.testing.assert_close(attend(q, k, v, GROUPS, SELECTED), ops.grouped_attention(q, k, v, GROUPS, SELECTED))
+    for groups, selected, message in (
+        (with_one(GROUPS, 4), SELECTED, "groups: expected values from 0 to 3"),
+        (GROUPS, with_one(SELECTED, 5), "selected: expected values from 0 to 4"),
+        (GROUPS, with_one(SELECTED, -1), "selected: expected values from 0 to 4"),
+        (GROUPS, SELECTED * 0, "selected: expected distinct keys in every group, got one twice"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            attend(q, k, v, groups, selected)
+
+
+def test_derivatives_by_torch_func(unchecked):
+    """Of the torch form, which has all of them."""
+    q, k, v = normal(1, 2, 6, 3), normal(1, 2, 5, 3), normal(1, 2, 5, 3)
+    loss = lambda q: ops.grouped_attention(q, k, v, GROUPS, SELECTED, impl="torch").square().sum()  # noqa: E731
+    with sdpa_kernel(SDPBackend.MATH):
+        slopes = torch.func.grad(loss)(q)
+        direction = normal(1, 2, 6, 3)
+        _, slope = torch.func.jvp(loss, (q,), (direction,))
+        curvature = torch.func.hessian(loss)(q).reshape(q.numel(), q.numel())
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(slopes, torch.autograd.grad(loss(leaf), leaf)[0])
+    torch.testing.assert_close(slope, (slopes * direction).sum())
+    torch.testing.assert_close(curvature, curvature.T)
+
+
+@pytest.mark.parametrize("keys", [0, -1, 1.5, None])
+def test_keys_that_are_changed_to_nonsense(keys, unchecked):
+    layer = DynamicGroupAttention(8, 2, 3, 4)
+    layer.keys = keys
+    with pytest.raises((ValueError, TypeError), match="keys: expected"):
+        layer(torch.randn(1, 3, 3, 8))
+
+
+def test_inference_mode_collects_nothing():
+    """What it made could not be added to outside of it."""
+    layer, x = DynamicGroupAttention(8, 2, 3, 4).train(), torch.randn(1, 3, 3, 8)
+    with torch.inference_mode():
+        layer(x)
+    assert layer.sums is None
+    layer(x).sum().backward()
+    layer.update_centroids()

@@ -59,13 +59,14 @@ def pays(backend: str) -> bool:
     return True
 
 
-def distinct(selected: Tensor, below: int) -> bool:
+def distinct(selected: Tensor, below: int) -> Tensor | bool:
     """Whether no group has selected a key twice, of values in [0, below)."""
-    if frame.unavailable("numba", selected.device) is None:
+    in_memory = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if in_memory and frame.unavailable("numba", selected.device) is None:
         from dynattn.kernels.grouped_numba import distinct_rows
 
         return bool(distinct_rows(selected.flatten(0, -2).contiguous().numpy(), below))
-    return not bool((selected.sort(dim=-1).values.diff(dim=-1) == 0).any())
+    return (selected.sort(dim=-1).values.diff(dim=-1) != 0).all()
 
 
 ASSIGN = frame.function("assign", assign, file="selection_numba")

@@ -25,7 +25,7 @@ from dynattn.kernels.simd import (
 )
 
 QUERIES = 96  # of a tile
-LOWEST = -3e38  # NaN is liked least
+LARGEST = 3e38  # that is halved
 
 
 @njit(**OPTIONS)
@@ -48,10 +48,10 @@ def assign_heads(begin, end, q, centroids, groups):
             count = min(QUERIES, L - l)
             multiply(q[b, m, l : l + count], e, likes[:count])
             for t in range(count):
-                best = 0
-                for j in range(1, G):
-                    if likes[t, j] > likes[t, best]:
-                        best = j
+                best, most = 0, -np.inf
+                for j in range(G):
+                    if likes[t, j] > most:  # NaN is not
+                        best, most = j, likes[t, j]
                 groups[b, m, l + t] = best
 
 
@@ -68,14 +68,16 @@ def nth_largest(likes, n, j, low, high):
     store(low, j, bottom)
     store(high, j, top)
     one, none, half = ramp(likes, 1, 0), ramp(likes, 0, 0), likes.dtype.type(0.5)
+    largest = likes.dtype.type(LARGEST)
     middles, counts = np.empty(lanes, likes.dtype), np.empty(lanes, likes.dtype)
     aboves, belows = np.empty(lanes, likes.dtype), np.empty(lanes, likes.dtype)
     open_lanes = True
     while open_lanes:
         for lane in range(lanes):
             # In the dtype of the column: between neighbouring numbers it must not be rounded after it is compared.
-            middle = low[j + lane] * half + high[j + lane] * half  # their difference may be too large for a number
-            middles[lane] = middle if middle > low[j + lane] else high[j + lane]
+            least, most = max(low[j + lane], -largest), min(high[j + lane], largest)  # of what may be infinite
+            middle = least * half + most * half  # their difference may be too large for a number
+            middles[lane] = middle if low[j + lane] < middle < high[j + lane] else high[j + lane]
         middle, count, above, below = load(middles, 0), none, top, bottom
         for i in range(S):
             x = load(likes, (i, j))
@@ -111,7 +113,7 @@ def select_heads(begin, end, k, centroids, selected):
         b, m = divmod(item, h)
         transposed(centroids[m], e)
         multiply(k[b, m], e, likes)
-        lowest, one, none = ramp(likes, LOWEST, 0), ramp(likes, 1, 0), ramp(likes, 0, 0)
+        lowest, one, none = ramp(likes, -np.inf, 0), ramp(likes, 1, 0), ramp(likes, 0, 0)
         for i in range(S):
             for j in range(0, width, lanes):
                 store(likes, (i, j), maximum(lowest, load(likes, (i, j))))

@@ -32,12 +32,12 @@ def likes(x, stride, index, inside, centroids, j, G, d, CHANNELS: tl.constexpr):
 
 @triton.jit
 def ranks(x):
-    """Whole numbers in the order of floating ones: of -0 and 0 one, NaN below all, and nothing at the very least."""
+    """Whole numbers in the order of floating ones: of -0 and 0 one, NaN as -inf, and nothing at the very least."""
     whole = tl.int64 if x.dtype == tl.float64 else tl.int32
     BITS: tl.constexpr = x.dtype.primitive_bitwidth - 1
     largest = (1 << BITS) - 1
-    bits = tl.where(x == 0, 0.0, x).to(whole, bitcast=True)
-    return tl.where(x == x, bits ^ ((bits >> BITS) & largest), -largest)
+    bits = tl.where(x == 0, 0.0, tl.where(x == x, x, float("-inf"))).to(whole, bitcast=True)
+    return bits ^ ((bits >> BITS) & largest)
 
 
 @triton.jit

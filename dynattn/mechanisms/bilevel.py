@@ -119,12 +119,14 @@ FORMS = {
 
 def check_values(routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] | None, S: int) -> None:
     """Raise ValueError unless routes, in [0, S), are distinct and each row of them has a key to read."""
-    if not kernel.distinct(routes, S):
-        raise ValueError("routes: expected distinct regions for every region of queries, got one twice")
+    twice = "routes: expected distinct regions for every region of queries, got one twice"
+    core.require(kernel.distinct(routes, S), twice)
     if key_mask is None:
         return
     has_key = key_mask.any(dim=-1).gather(1, routes.flatten(1)).reshape(routes.shape).any(dim=-1)  # (B, R)
-    if not has_key.all():
+    if torch.compiler.is_compiling():
+        core.require(has_key.all(), "key_mask: expected a key to read for every region of queries")
+    elif not has_key.all():
         b, r = (~has_key).nonzero()[0].tolist()
         where = f"region {r} of image {b}, which is routed to {routes[b, r].tolist()}"
         raise ValueError(f"key_mask: expected a key that may be read for every region of queries, got none for {where}")
@@ -159,7 +161,6 @@ def routed_attention(
         core.check_kind("key_mask", key_mask, torch.bool, q)
         if tuple(key_mask.shape) != (B, S, Tk):
             raise ValueError(f"key_mask: expected shape {(B, S, Tk)}, got {tuple(key_mask.shape)}")
-    if not torch.compiler.is_compiling():  # there the operator looks at the values by itself
-        check_values(routes, key_mask, S)
+    check_values(routes, key_mask, S)
     form = core.implementation("routed_attention", impl, FORMS, q, kernel.pays)
     return form(q, k, v, routes, key_mask, core.scale_or_default(scale, sizes["d"]))

@@ -34,26 +34,28 @@ from dynattn.kernels import grouped as kernel
 
 
 def assign_loops(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"]) -> Int[Tensor, "B h L"]:
-    """The group of every query: argmax_j e_j . q_i; of equals the first."""
+    """The group of every query: argmax_j e_j . q_i; of equals the first, and NaN counts as -inf."""
     (B, h, L, d), G = q.shape, centroids.shape[1]
     groups = []
     for b in range(B):
         for m in range(h):
             for i in range(L):
                 likes = [float(sum(centroids[m, j, c] * q[b, m, i, c] for c in range(d))) for j in range(G)]
+                likes = [-math.inf if math.isnan(x) else x for x in likes]
                 groups.append(likes.index(max(likes)))
     return torch.tensor(groups).reshape(B, h, L)
 
 
 def select_loops(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
-    """DGT-1: the n keys that each centroid likes best, in the order of the map; of equals the first, NaN last."""
+    """DGT-1: the n keys that each centroid likes best, in the order of the map; of equals the first, NaN as -inf."""
     (B, h, S, d), G = k.shape, centroids.shape[1]
     selected = []
     for b in range(B):
         for m in range(h):
             for j in range(G):
                 likes = [float(sum(centroids[m, j, c] * k[b, m, i, c] for c in range(d))) for i in range(S)]
-                best = sorted(range(S), key=lambda i: (math.isnan(likes[i]), -likes[i]))[:n]  # equals stay in order
+                likes = [-math.inf if math.isnan(x) else x for x in likes]
+                best = sorted(range(S), key=lambda i: -likes[i])[:n]  # equals stay in order
                 selected += sorted(best)
     return torch.tensor(selected).reshape(B, h, G, n)
 
@@ -86,15 +88,20 @@ def grouped_attention_loops(
 TILE = 32  # queries of one group that are multiplied together
 
 
+def likes_torch(x: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"]) -> Float[Tensor, "B h G S"]:
+    """e_j . x_i, equal for equal x: a matrix product may sum them in another order at another place."""
+    likes = torch.stack([(x * e[:, None]).contiguous().sum(dim=-1) for e in centroids.unbind(1)], dim=2)
+    return likes.where(~likes.isnan(), -torch.inf)
+
+
 def assign_torch(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"]) -> Int[Tensor, "B h L"]:
     """The group of every query: argmax_j e_j . q_i."""
-    return torch.einsum("bmic,mjc->bmij", q, centroids).argmax(dim=-1)
+    return likes_torch(q, centroids).argmax(dim=2)
 
 
 def select_torch(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
-    """DGT-1 by a stable sort, which keeps the order of equals; NaN last."""
-    likes = torch.einsum("bmic,mjc->bmji", k, centroids)
-    likes = likes.where(~likes.isnan(), -torch.inf)
+    """DGT-1 by a stable sort, which keeps the order of equals."""
+    likes = likes_torch(k, centroids)
     return likes.argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
 
 
@@ -204,8 +211,7 @@ def grouped_attention(
     G, n = selected.shape[2:]
     core.check_indices("groups", groups, q, (B, h, L), G)
     core.check_indices("selected", selected, q, (B, h, G, n), S)
-    if not torch.compiler.is_compiling() and not kernel.distinct(selected, S):
-        raise ValueError("selected: expected distinct keys in every group, got one twice")
+    core.require(kernel.distinct(selected, S), "selected: expected distinct keys in every group, got one twice")
     form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
     return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))  # DGT-2
 
@@ -286,10 +292,10 @@ class DynamicGroupAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
             groups = core.implementation("assign", "auto", ASSIGN, q, kernel.pays)(q, e)
-            n = min(self.keys, k.shape[2])
+            n = min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
             selected = core.implementation("select", "auto", SELECT, k, kernel.pays)(k, e, n)  # DGT-1
             # A backward pass that computes the forward again (activation checkpointing) must not count it twice.
-            if self.training and torch._C._current_graph_task_id() == -1:
+            if self.training and torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled():
                 self.collect(q, groups)
         return groups, selected
 
