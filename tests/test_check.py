@@ -102,7 +102,7 @@ def test_an_error_shows_the_students_own_lines(verdicts):
 def test_libraries_in_the_student_s_folder_are_not_the_student_s():
     """As where the file lies in the project's folder, with its environment."""
     try:
-        verify.check("no_such", None)
+        verify.check("no_such", print)
     except ValueError as error:
         lines = student.told(error, Path(__file__).parents[1] / "answers.py", 1).splitlines()
     assert lines[0].startswith("ValueError: ") and 'File "tests/test_check.py"' in lines[1] and len(lines) <= 4
