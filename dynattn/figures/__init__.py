@@ -105,17 +105,18 @@ def chosen(
     checkpoints.
     """
     reason = "image" if has_image else "weights or model" if has_weights else None
+    why = f"compares shipped models on the test images; it takes no {reason}"
     if unknown := [str(number) for number in only or () if number not in plans]:
         raise ValueError(f"only: expected figures of {', '.join(map(str, plans))}, got {', '.join(unknown)}")
     if only is None:
         numbers = [number for number in plans if not (reason and plans[number].compares)]
         for number in (number for number in plans if number not in numbers):
-            print(f"{called(number)} is left out: it compares shipped models on the test images; it takes no {reason}")
+            print(f"{called(number)} is left out: it {why}")
     else:
         numbers = [number for number in plans if number in only]
     for number in tuple(numbers):
         if reason and plans[number].compares:
-            raise ValueError(f"only: {called(number)} compares shipped models on the test images; it takes no {reason}")
+            raise ValueError(f"only: {called(number)} {why}")
         if lack := plans[number].lacks():
             if only is not None or not plans[number].optional:
                 raise FileNotFoundError(f"only: {called(number)} {lack}")
