@@ -57,7 +57,7 @@ from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
 from dynattn.mechanisms import deformable, deformable_detr, window
 from dynattn.models.layers import Block
-from dynattn.verify.mistakes import MISTAKES
+from dynattn.verify.registry import OPERATIONS
 from dynattn.widgets import Lens
 
 set_up()
@@ -983,7 +983,7 @@ def without_norm(model: nn.Module) -> None:
 
 
 right_one = logits_of()
-sampling, biasing = MISTAKES["sample_points"], MISTAKES["deformable_attention"]
+sampling, biasing = (OPERATIONS[name].mistakes for name in ("sample_points", "deformable_attention"))
 wrong_ones = {
     "text: references from corner to corner": logits_of(reference="corner"),
     "text: offsets in cells": logits_of(offset_unit="cell"),

@@ -85,7 +85,7 @@ def test_a_right_function_passes(verdicts):
 
 
 def test_every_operation_has_a_verdict(verdicts):
-    assert list(verdicts) == list(student.OPERATIONS)
+    assert list(verdicts) == verify.operations()
     assert [name for name, verdict in verdicts.items() if verdict.passed] == ["dense_attention"]
     assert all(str(verdict).startswith(f"{name}: ") for name, verdict in verdicts.items())
 
@@ -132,10 +132,11 @@ def test_a_wrong_answer_is_explained(tmp_path, capsys):
     assert cli.main(["check", str(file), "--cases", "5"]) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("sample_points: the output is wrong: at [0, 0, 0] (image 0, channel 0, point 0)")
-    assert lines[1] == "  this is what comes out with the mistake: rows and columns swapped"
-    assert lines[3].startswith('  again: verify.case("sample_points", ')
-    assert lines[4:] == ["dense_attention: passed, outputs and gradients of 5 cases"] and err == ""
+    assert lines[0] == "dense_attention: passed, outputs and gradients of 5 cases"
+    assert lines[1].startswith("sample_points: the output is wrong: at [0, 0, 0] (image 0, channel 0, point 0)")
+    assert lines[2] == "  this is what comes out with the mistake: rows and columns swapped"
+    assert lines[4].startswith('  again: verify.case("sample_points", ')
+    assert len(lines) == 5 and err == ""
 
 
 def test_one_operation_alone(tmp_path, capsys):
@@ -243,7 +244,7 @@ def test_the_judge_is_out_of_reach(tmp_path):
                 setattr(module, name, lambda *arguments, **options: None)
 
         def sample_points(x, points):
-            return 0 * verify.operations.__globals__["OPERATIONS"]["sample_points"][0](x, points)
+            return 0 * verify.operations.__globals__["OPERATIONS"]["sample_points"].function(x, points)
 
         def dense_attention(q, k, v):
             frame = b'{"passed": true}'
@@ -294,13 +295,13 @@ def test_a_file_without_operations(tmp_path, capsys):
     file = write(tmp_path, "from dynattn.core import sample_points\ndef dense(q, k, v): pass\n")
     assert cli.main(["check", str(file)]) == 2
     told = capsys.readouterr().err
-    assert "answers.py defines none of sample_points, dense_attention, " in told and told.count("\n") == 1
+    assert "answers.py defines none of deformable_attention, dense_attention, " in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--operation", "attention"], "operation: expected one of 'sample_points', "),
+        (["--operation", "attention"], "operation: expected one of 'deformable_attention', "),
         (["--cases", "0"], "cases: expected at least 1, got 0"),
         (["--memory", "0"], "memory: expected at least 1, got 0"),
         (["--timeout", "0"], "timeout: expected a finite number of seconds above 0, got 0"),

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from dynattn import core, ops, verify
 from dynattn.mechanisms import bilevel, deformable, deformable_detr, dynamic_group, window
-from dynattn.verify.mistakes import MISTAKES
+from dynattn.verify.checking import check_answers
+from dynattn.verify.comparing import Answer, Stopped
+from dynattn.verify.registry import OPERATIONS
 
+MISTAKES = {name: operation.mistakes for name, operation in OPERATIONS.items()}
 CORRECT = {
     "sample_points": core.sample_points_torch,
     "dense_attention": core.dense_attention_torch,
@@ -314,21 +317,21 @@ def test_what_was_found_is_told_when_time_is_up():
     """A search for the simplest that has to stop loses neither the mismatch nor, before there is one, the stop."""
     calls = []
 
-    def answers(call: verify.Case) -> verify.Answer:
+    def answers(call: verify.Case) -> Answer:
         calls.append(call)
         if len(calls) > most:
-            raise verify.Stopped("time is up")
+            raise Stopped("time is up")
         return verify.answer_to(call, MISTAKES["dense_attention"]["bias subtracted"])
 
     how = {"held": frozenset(), "cases": 20, "seed": 0, "shrink": True}
     most = 12
     with pytest.raises(verify.Mismatch):
-        verify.check_answers("dense_attention", answers, **how)
+        check_answers("dense_attention", answers, **how)
     assert len(calls) > most
     calls.clear()
     most = 0
-    with pytest.raises(verify.Stopped, match="time is up"):
-        verify.check_answers("dense_attention", answers, **how)
+    with pytest.raises(Stopped, match="time is up"):
+        check_answers("dense_attention", answers, **how)
 
 
 def test_the_same_seed_tells_the_same(tmp_path, monkeypatch):
@@ -474,7 +477,7 @@ def test_checking_leaves_the_cases_alone():
         (
             lambda: verify.check("sampling", abs),
             ValueError,
-            r"operation: expected one of 'sample_points', .*, got 'sampling'",
+            r"operation: expected one of 'deformable_attention', .*, got 'sampling'",
         ),
         (lambda: verify.case("sampling", 0), ValueError, r"operation: expected one of"),
         (lambda: verify.case("sample_points", 0, K=1), ValueError, r"choices: expected one of 'B', 'C', .*, got 'K'"),

@@ -195,7 +195,7 @@ def window_attention(
     query_shape: tuple[int, int],
     *,
     window: int | tuple[int, int],
-    shift: int | tuple[int, int] = 0,
+    shift: int | tuple[int, int] = (0, 0),
     scale: float | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "B h L d"]:

@@ -3,7 +3,9 @@
 from inspect import signature
 from typing import get_args
 
-from dynattn.verify.cases import OPERATIONS, Case
+from dynattn.verify.cases import Case
+from dynattn.verify.diagnosis import Diagnosis
+from dynattn.verify.registry import OPERATIONS
 
 WORDS = {
     "B": "image",
@@ -28,22 +30,50 @@ WORDS = {
 class Mismatch(AssertionError):
     """A function that does not do what the operation does.
 
-    case: the call that shows it, as simple as was found; where: "output" or "gradient of NAME"; index: the first number
-    that is wrong; error: by how much; mistakes: names of the catalogued mistakes that give the same answer, usually one
-    or none.
+    case: the call that shows it, as simple as was found. where: "output" or "gradient of NAME". index: the first number
+    that is wrong. error: by how much. mistakes: names of the catalogued mistakes that give the same answer in every
+    case, usually one or none. diagnosis: these and what else explains the answer.
     """
 
-    def __init__(self, case: Case, where: str, index: tuple[int, ...], error: float, what: str, mistakes: list[str]):
-        self.case, self.where, self.index, self.error, self.mistakes = case, where, index, error, mistakes
+    def __init__(self, case: Case, where: str, index: tuple[int, ...], error: float, what: str, diagnosis: Diagnosis):
+        self.case, self.where, self.index, self.error = case, where, index, error
+        self.diagnosis, self.mistakes = diagnosis, diagnosis.mistakes
         place = in_words(case, where, index)
         at = f"at [{', '.join(map(str, index))}]{place and f' ({place})'} " if index else ""
-        known = f"this is what comes out with the mistake: {' or: '.join(mistakes)}"
-        again = f"\n  again: {case.line}" if case.seed is not None else ""
-        super().__init__(
-            f"{case.operation}: the {where} is wrong: {at}{what}\n"
-            f"  {known if mistakes else 'no mistake of the catalogue gives this answer'}\n"
-            f"  in the case of {case}{again}"
-        )
+        lines = [f"{case.operation}: the {where} is wrong: {at}{what}", *explanation(diagnosis)]
+        lines.append(f"in the case of {case}")
+        if case.seed is not None:
+            lines.append(f"again: {case.line}")
+        super().__init__("\n  ".join(lines))
+
+
+def explanation(diagnosis: Diagnosis) -> list[str]:
+    """A diagnosis in sentences."""
+    if diagnosis.mistakes:
+        return [f"this is what comes out with the mistake: {' or: '.join(diagnosis.mistakes)}"]
+    if diagnosis.pairs:
+        said = ["this is what comes out with two mistakes together: " + " or: ".join(map("; ".join, diagnosis.pairs))]
+    elif diagnosis.here:
+        said = [
+            f"in this case, this is what comes out with the mistake: {' or: '.join(diagnosis.here)}",
+            "in other cases something else is wrong too",
+        ]
+    else:
+        said = ["no mistake of the catalogue gives this answer"]
+    if diagnosis.right:
+        said.append("it is right in all cases with: " + "; ".join(choice_in_words(*one) for one in diagnosis.right))
+    return said
+
+
+def choice_in_words(name: str, value: object) -> str:
+    """A choice as, for example, "no table", "one group (g = 1)"."""
+    if name == "layout":
+        return f"{value} inputs"
+    if value is None or value is False:
+        return f"no {name}"
+    if value == 1 and name in WORDS:
+        return f"one {WORDS[name]} ({name} = 1)"
+    return f"{name} = {value!r}"
 
 
 def in_words(case: Case, where: str, index: tuple[int, ...]) -> str:
@@ -54,7 +84,7 @@ def in_words(case: Case, where: str, index: tuple[int, ...]) -> str:
 
 def _letters(operation: str, where: str) -> list[str]:
     """The letters of a tensor's dimensions, from the operation's signature."""
-    wanted = signature(OPERATIONS[operation][0])
+    wanted = signature(OPERATIONS[operation].function)
     name = where.removeprefix("gradient of ")
     annotation = wanted.return_annotation if where == "output" else wanted.parameters[name].annotation
     shapes = (getattr(choice, "dim_str", None) for choice in (annotation, *get_args(annotation)))

@@ -32,8 +32,12 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor, contiguous_format, float32, float64, set_num_threads
 
-from dynattn import core, verify
-from dynattn.verify.cases import OPERATIONS, Case, case
+from dynattn import core
+from dynattn.verify.cases import Case, case
+from dynattn.verify.checking import check_answers
+from dynattn.verify.comparing import TOLERANCE, Answer, Stopped, answer_to, not_taken
+from dynattn.verify.registry import OPERATIONS, known, operations
+from dynattn.verify.report import Mismatch
 
 START_SECONDS = 120  # for Python and torch to start, before the file is looked at
 LARGEST_FRAME = 2**26  # bytes
@@ -81,7 +85,7 @@ def examine(
     """
     file = Path(file).resolve()
     if operation is not None:
-        core.one_of("operation", operation, tuple(OPERATIONS))
+        known(operation)
     core.positive("cases", cases)
     core.positive("memory", memory)
     if not 0 < timeout < math.inf:
@@ -115,7 +119,7 @@ def _verdicts(
         try:
             student = start()
             wanted = _wanted(file, student.functions, operation)
-        except (StudentError, verify.Stopped) as error:
+        except (StudentError, Stopped) as error:
             yield Verdict(None, False, f"{file.name}: {_told(error)}")
             return
         for name in wanted:
@@ -123,11 +127,11 @@ def _verdicts(
                 if student.ended:
                     student = start()
                 held = student.held(name)
-                verify.check_answers(name, student.answers, held=held, cases=cases, seed=seed, shrink=True)
+                check_answers(name, student.answers, held=held, cases=cases, seed=seed, shrink=True)
                 yield Verdict(name, True, f"{name}: passed, outputs and gradients of {cases} cases")
-            except verify.Mismatch as error:
+            except Mismatch as error:
                 yield Verdict(name, False, str(error))
-            except (StudentError, verify.Stopped) as error:
+            except (StudentError, Stopped) as error:
                 yield Verdict(name, False, f"{name}: {_told(error)}")
 
 
@@ -137,7 +141,7 @@ def _wanted(file: Path, functions: list[str], operation: str | None) -> list[str
         return functions
     if operation in functions:
         return [operation]
-    wanted = f"no {operation}" if operation else f"none of {', '.join(OPERATIONS)}"
+    wanted = f"no {operation}" if operation else f"none of {', '.join(operations())}"
     raise ValueError(f"FILE: {file.name} defines {wanted} (what it imports from dynattn does not count)")
 
 
@@ -150,7 +154,7 @@ class Student:
     """A process that runs a student's file, to be used in a `with`. It is ended on leaving, with all that it started.
 
     functions: the operations that the file defines; ended: whether it can answer no more. Its methods raise
-    `StudentError` for what the file raises and `verify.Stopped` when time is up or the process is gone.
+    `StudentError` for what the file raises and `Stopped` when time is up or the process is gone.
     """
 
     def __init__(self, file: Path, timeout: float, memory: int):
@@ -184,7 +188,7 @@ class Student:
             self.ask(" to start")
             self.left = self.timeout
             found, _ = self.ask(" while it was loaded", load=True)
-            self.functions = [name for name in OPERATIONS if name in found["functions"]]
+            self.functions = [name for name in operations() if name in found["functions"]]
         except BaseException:
             self.end()
             raise
@@ -199,13 +203,13 @@ class Student:
         found, _ = self.ask("", held=operation)
         return frozenset(map(str, found["held"]))
 
-    def answers(self, call: Case) -> verify.Answer:
+    def answers(self, call: Case) -> Answer:
         """The answer of the student's function to a case."""
         request = {"operation": call.operation, "seed": call.seed, "choices": call.choices}
         _, answer = self.ask(f"\nin the case of {call}\nagain: {call.line}", answer=request)
         tensors = {name: t for name, t in (call.arguments | call.options).items() if isinstance(t, Tensor)}
         names = {"output", *(f"gradient of {name}" for name, t in tensors.items() if t.is_floating_point())}
-        if set(answer) != names or any(tensor.dtype not in verify.TOLERANCE for tensor in answer.values()):
+        if set(answer) != names or any(tensor.dtype not in TOLERANCE for tensor in answer.values()):
             raise self.stopped("sent something else than an answer")
         if (dtype := answer["output"].dtype) not in (float64, float32):  # their tolerance would hide mistakes
             raise StudentError(f"TypeError: expected an output of float64, as the inputs are, or float32, got {dtype}")
@@ -214,7 +218,7 @@ class Student:
     def ask(self, when: str, **request: object) -> tuple[dict, dict[str, Tensor]]:
         """Send a request and wait for the reply, at most for the time that is left."""
         if self.ended:
-            raise verify.Stopped("its process has ended")
+            raise Stopped("its process has ended")
         started = time.monotonic()
         try:
             self.socket.settimeout(max(self.left, 0.001))
@@ -232,10 +236,10 @@ class Student:
             raise StudentError(str(reply["error"])[:LONGEST_TEXT])
         return reply, tensors
 
-    def stopped(self, what: str) -> verify.Stopped:
+    def stopped(self, what: str) -> Stopped:
         """End the process; what to raise."""
         self.end()
-        return verify.Stopped(what)
+        return Stopped(what)
 
     def last_words(self) -> str:
         """How the process ended by itself."""
@@ -331,18 +335,18 @@ def _reply(request: dict, path: Path, functions: dict[str, Callable]) -> tuple[d
     """The reply to a request: to load the file, which options a function does not take, or to answer a case."""
     if "load" in request:
         module = load(path)
-        functions |= {name: getattr(module, name) for name in OPERATIONS if _is_own(module, name)}
+        functions |= {name: getattr(module, name) for name in operations() if _is_own(module, name)}
         return {"functions": list(functions)}, {}
     if "held" in request:
         function = functions[request["held"]]
         if isclass(function) or not callable(function):
             what = f"the class {function.__name__}" if isclass(function) else type(function).__name__
             raise TypeError(f"expected a function, got {what}")
-        return {"held": list(verify.not_taken(request["held"], function))}, {}
+        return {"held": list(not_taken(request["held"], function))}, {}
     asked = request["answer"]
     choices = {name: tuple(v) if isinstance(v, list) else v for name, v in asked["choices"].items()}
     call = case(asked["operation"], asked["seed"], **choices)
-    return {}, verify.answer_to(call, functions[call.operation])
+    return {}, answer_to(call, functions[call.operation])
 
 
 def load(path: Path) -> ModuleType:

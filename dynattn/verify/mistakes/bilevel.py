@@ -1,4 +1,4 @@
-"""Mistakes of `routed_attention`."""
+"""`routed_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from dynattn.mechanisms.bilevel import membership
+from dynattn.mechanisms.bilevel import membership, routed_attention
 from dynattn.mechanisms.bilevel import routed_attention_torch as routed
-from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, of_scale
+from dynattn.verify.cases import Call, Draw
+from dynattn.verify.mistakes.common import altered, first_for_all, of_scale, of_tokens
+from dynattn.verify.registry import register
 
 
 def shared(powers: Tensor, over: tuple[int, ...] = (-2, -1)) -> Tensor:
@@ -167,8 +169,26 @@ def only_first_tokens(q, k, v, routes, key_mask, scale):
     return right(q, k, v, routes, mask_of(key_mask, k) & first, scale)
 
 
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, h, d, Tq, Tk = draw.sizes(B=2, h=2, d=3, Tq=3, Tk=3)
+    R, S = draw.one("R", 1, 2, 3, 3), draw.one("S", 1, 2, 3, 4, 4, 5)
+    n = draw.one("n", *range(1, S + 1))
+    if n > S:
+        raise ValueError(f"n: expected at most S = {S}, got {n}")
+    has_mask, scale = draw.one("key_mask", False, True, True), draw.scale()
+    arguments = {"q": draw.normal(B, h, R, Tq, d), "k": draw.normal(B, h, S, Tk, d), "v": draw.normal(B, h, S, Tk, d)}
+    routes = torch.rand(B, R, S, generator=draw.generator).argsort()[..., :n]  # in any order
+    regions = torch.rand(B, S, generator=draw.generator) < 0.7  # some are hidden as a whole, and some of their tokens
+    mask = regions[..., None] & (torch.rand(B, S, Tk, generator=draw.generator) < 0.7)
+    some = torch.randint(Tk, (B, S, 1), generator=draw.generator) == torch.arange(Tk)
+    mask |= some & torch.zeros(B, S, dtype=torch.bool).scatter(1, routes[..., 0], True)[..., None]  # none reads nothing
+    return arguments | {"routes": routes}, ({"key_mask": mask} if has_mask else {}) | scale
+
+
 ROUTED_ATTENTION = {
     **of_scale(routed),
+    **of_tokens(routed),
     "no softmax": weighing(lambda logits, regions, mask: logits * (regions & mask)),
     "softmax over the queries": weighing(over_queries),
     "softmax for each region apart": gathering(share=lambda powers: shared(powers, over=(-1,))),
@@ -198,8 +218,6 @@ ROUTED_ATTENTION = {
     "first image's routes for the whole batch": altered(right, routes=lambda a: first_for_all(a.routes, 0)),
     "routes repeated as (heads, images), not (images, heads)": heads_before_images,
     "routes counted from 1": altered(right, routes=lambda a: (a.routes - 1) % a.k.shape[2]),
-    "first head's keys for all": altered(routed, k=lambda a: first_for_all(a.k, 1)),
-    "first image's keys for the whole batch": altered(routed, k=lambda a: first_for_all(a.k, 0)),
     "means of the regions are read": means,
     "only the first token of a region is read": only_first_tokens,
     "regions of every n-th token": altered(routed, k=lambda a: every_nth_token(a.k), v=lambda a: every_nth_token(a.v)),
@@ -219,12 +237,7 @@ ROUTED_ATTENTION = {
     "key mask of the first n regions": gathering(mask=first_regions),
     "key mask as (tokens, regions), keys as (regions, tokens)": gathering(mask=tokens_first),
     "key mask of the first image for all": altered(right, key_mask=lambda a: first_for_all(a.key_mask, 0)),
-    "keys and values exchanged": altered(routed, k=lambda a: a.v, v=lambda a: a.k),
-    "keys read as values": altered(routed, v=lambda a: a.k),
-    "heads and channels interleaved": interleaved(routed),
-    "gradient cut at the queries": altered(routed, q=lambda a: a.q.detach()),
-    "gradient cut at the keys": altered(routed, k=lambda a: a.k.detach()),
-    "gradient cut at the values": altered(routed, v=lambda a: a.v.detach()),
-    "gradient cut at the weights": altered(routed, q=lambda a: a.q.detach(), k=lambda a: a.k.detach()),
     "gradients of a region's readers not added up": gathering(keys=by_last_region, values=by_last_region),
 }
+
+register(routed_attention, draw_case, ROUTED_ATTENTION)

@@ -1,7 +1,7 @@
 """What mistakes are made of: a right form with one thing changed."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def altered(form: Callable, **changes: Callable) -> Callable:
-    """`form` with arguments replaced: for each name a function of all arguments. What is None stays None."""
+    """`form` with arguments replaced: for each name a function of all arguments. What is None stays None.
+
+    The result has an attribute `around`, which makes the same mistake with another form.
+    """
 
     @wraps(form)
     def wrong(*positional, **named):
@@ -19,6 +22,7 @@ def altered(form: Callable, **changes: Callable) -> Callable:
         a = SimpleNamespace(**given)
         return form(**given | {name: change(a) for name, change in changes.items() if given[name] is not None})
 
+    wrong.around = partial(altered, **changes)
     return wrong
 
 
@@ -30,6 +34,7 @@ def interleaved(form: Callable) -> Callable:
         z = form(*positional, **named)
         return rearrange(rearrange(z, "B h ... d -> B ... (d h)"), "B ... (h d) -> B h ... d", h=z.shape[1])
 
+    wrong.around = interleaved
     return wrong
 
 
@@ -61,4 +66,19 @@ def of_scale(form: Callable) -> dict[str, Callable]:
         "scale applied twice": altered(form, scale=lambda a: a.scale**2),
         "scale given but ignored": altered(form, scale=lambda a: a.q.shape[-1] ** -0.5),
         "scale of all channels, not of one head's": altered(form, scale=lambda a: a.scale * a.q.shape[1] ** -0.5),
+    }
+
+
+def of_tokens(form: Callable) -> dict[str, Callable]:
+    """So do queries, keys and values, where there are as many values as keys."""
+    return {
+        "keys and values exchanged": altered(form, k=lambda a: a.v, v=lambda a: a.k),
+        "keys read as values": altered(form, v=lambda a: a.k),
+        "first image's keys for the whole batch": altered(form, k=lambda a: first_for_all(a.k, 0)),
+        "first head's keys for all": altered(form, k=lambda a: first_for_all(a.k, 1)),
+        "heads and channels interleaved": interleaved(form),
+        "gradient cut at the queries": altered(form, q=lambda a: a.q.detach()),
+        "gradient cut at the keys": altered(form, k=lambda a: a.k.detach()),
+        "gradient cut at the values": altered(form, v=lambda a: a.v.detach()),
+        "gradient cut at the weights": altered(form, q=lambda a: a.q.detach(), k=lambda a: a.k.detach()),
     }

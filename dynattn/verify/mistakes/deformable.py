@@ -1,4 +1,4 @@
-"""Mistakes of `deformable_attention`."""
+"""`deformable_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from dynattn import core
 from dynattn.core import dense_attention_torch as dense
+from dynattn.mechanisms.deformable import deformable_attention
 from dynattn.mechanisms.deformable import deformable_attention_torch as deformable
-from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, of_scale, swapped
+from dynattn.verify.cases import Call, Draw
+from dynattn.verify.mistakes.common import altered, first_for_all, of_scale, of_tokens, swapped
 from dynattn.verify.mistakes.dense import bias_after_softmax, detached_weights, softmax_over
+from dynattn.verify.registry import register
 
 
 def bias_read(
@@ -35,8 +38,28 @@ def bias_read(
     return wrong
 
 
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    h = draw.one("h", 1, 2, 2, 4)
+    g = draw.one("g", *range(1, min(h, 2) + 1))
+    B, d, N, H, W = draw.sizes(B=1 if h > 2 else 2, d=3, N=4, H=3, W=3)
+    own = 2 * H - 1, 2 * W - 1
+    table = draw.one("table", None, own, (1, 1), own, (2, 5), own, (4, 3), own, (5, 1))
+    grid, scale = draw.one("query_grid", "centre", "corner"), draw.scale()
+    arguments = {
+        "q": draw.normal(B, h, H * W, d),
+        "k": draw.normal(B, h, N, d),
+        "v": draw.normal(B, h, N, d),
+        "points": draw.points(B, g, N),
+        "table": None if table is None else draw.normal(h, *table),
+        "query_shape": (H, W),
+    }
+    return arguments, ({} if grid == "centre" else {"query_grid": grid}) | scale
+
+
 DEFORMABLE_ATTENTION = {
     **of_scale(deformable),
+    **of_tokens(deformable),
     "softmax over the queries": bias_read(attend=softmax_over(-2)),
     "points: rows and columns swapped": altered(deformable, points=lambda a: a.points.flip(-1)),
     "points clamped to the map": altered(deformable, points=lambda a: a.points.clamp(-1, 1)),
@@ -62,9 +85,9 @@ DEFORMABLE_ATTENTION = {
     "bias scaled too": altered(deformable, table=lambda a: a.table * a.scale),
     "bias added after the softmax": bias_read(attend=bias_after_softmax),
     "bias of the first head for all": altered(deformable, table=lambda a: first_for_all(a.table, 0)),
-    "keys read as values": altered(deformable, v=lambda a: a.k),
-    "heads and channels interleaved": interleaved(deformable),
     "gradient cut at the points": altered(deformable, points=lambda a: a.points.detach()),
     "gradient cut at the table": altered(deformable, table=lambda a: a.table.detach()),
     "gradient cut at the weights": bias_read(attend=detached_weights),
 }
+
+register(deformable_attention, draw_case, DEFORMABLE_ATTENTION)

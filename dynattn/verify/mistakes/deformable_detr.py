@@ -1,4 +1,4 @@
-"""Mistakes of `detr_attention`."""
+"""`detr_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from dynattn.mechanisms.deformable_detr import detr_attention
 from dynattn.mechanisms.deformable_detr import detr_attention_torch as detr
+from dynattn.verify.cases import Call, Draw
 from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, moved
+from dynattn.verify.registry import register
 
 
 def values_read(**how) -> Callable:
@@ -25,6 +28,13 @@ def heads_before_images(v, points, weights):
     """Maps are folded as (h B), points as (B h)."""
     maps = rearrange(v, "B h d H W -> (h B) d H W")
     return detr(rearrange(maps, "(B h) d H W -> B h d H W", h=v.shape[1]), points, weights)
+
+
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, h, d, H, W, L, K = draw.sizes(B=2, h=2, d=2, H=4, W=4, L=4, K=4)
+    v, points, weights = draw.normal(B, h, d, H, W), draw.points(B, h, L, K), draw.normal(B, h, L, K)
+    return {"v": v, "points": points, "weights": weights.softmax(dim=-1)}, {}
 
 
 DETR_ATTENTION = {
@@ -51,3 +61,5 @@ DETR_ATTENTION = {
     "gradient cut at the weights": altered(detr, weights=lambda a: a.weights.detach()),
     "gradient cut at the values": altered(detr, v=lambda a: a.v.detach()),
 }
+
+register(detr_attention, draw_case, DETR_ATTENTION)

@@ -1,12 +1,15 @@
-"""Mistakes of `dense_attention`."""
+"""`dense_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 
 import torch
 
 from dynattn import core
+from dynattn.core import dense_attention
 from dynattn.core import dense_attention_torch as dense
-from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, logits, of_scale
+from dynattn.verify.cases import Call, Draw
+from dynattn.verify.mistakes.common import altered, first_for_all, logits, of_scale, of_tokens
+from dynattn.verify.registry import register
 
 
 def softmax_over(dim: int) -> Callable:
@@ -39,8 +42,17 @@ def causal(q, k, v, bias, scale):
     return dense(q, k, v, hidden if bias is None else bias + hidden, scale)
 
 
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, h, L, N, d = draw.sizes(B=2, h=3, L=5, N=5, d=4)
+    has_bias, scale = draw.one("bias", False, True, True), draw.scale()
+    arguments = {"q": draw.normal(B, h, L, d), "k": draw.normal(B, h, N, d), "v": draw.normal(B, h, N, d)}
+    return arguments, ({"bias": draw.normal(h, L, N)} if has_bias else {}) | scale
+
+
 DENSE_ATTENTION = {
     **of_scale(dense),
+    **of_tokens(dense),
     "softmax over the queries": softmax_over(-2),
     "softmax over the heads": softmax_over(1),
     "no softmax": without_softmax,
@@ -49,13 +61,9 @@ DENSE_ATTENTION = {
     "bias scaled too": altered(dense, bias=lambda a: a.bias * a.scale),
     "bias added after the softmax": bias_after_softmax,
     "bias of the first head for all": altered(dense, bias=lambda a: first_for_all(a.bias, 0)),
-    "keys and values exchanged": altered(dense, k=lambda a: a.v, v=lambda a: a.k),
-    "keys read as values": altered(dense, v=lambda a: a.k),
-    "first image's keys for the whole batch": altered(dense, k=lambda a: first_for_all(a.k, 0)),
-    "first head's keys for all": altered(dense, k=lambda a: first_for_all(a.k, 1)),
     "later keys hidden": causal,
-    "heads and channels interleaved": interleaved(dense),
     "gradient cut at the weights": detached_weights,
-    "gradient cut at the values": altered(dense, v=lambda a: a.v.detach()),
     "gradient cut at the bias": altered(dense, bias=lambda a: a.bias.detach()),
 }
+
+register(dense_attention, draw_case, DENSE_ATTENTION)

@@ -1,4 +1,4 @@
-"""Mistakes of `grouped_attention`."""
+"""`grouped_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from dynattn.core import dense_attention_torch as dense
-from dynattn.mechanisms.dynamic_group import as_printed_attention, membership
+from dynattn.mechanisms.dynamic_group import as_printed_attention, grouped_attention, membership
 from dynattn.mechanisms.dynamic_group import grouped_attention_torch as grouped
-from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, logits, of_scale
+from dynattn.verify.cases import Call, Draw
+from dynattn.verify.mistakes.common import altered, first_for_all, logits, of_scale, of_tokens
+from dynattn.verify.registry import register
 
 
 def weighing(finish: Callable[..., Tensor]) -> Callable:
@@ -103,8 +105,24 @@ def first_rows(x: Tensor, selected: Tensor) -> Tensor:
     return of_groups(x, torch.arange(selected.shape[3]).expand_as(selected))
 
 
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, h, d, L, S, G = draw.sizes(B=2, h=2, d=3, L=7, S=5, G=4)
+    n, scale = draw.one("n", *range(1, S + 1)), draw.scale()
+    if n > S:
+        raise ValueError(f"n: expected at most S = {S}, got {n}")
+    arguments = {"q": draw.normal(B, h, L, d), "k": draw.normal(B, h, S, d), "v": draw.normal(B, h, S, d)}
+    in_turn = (-1 - torch.arange(L)).expand(B, h, L) % G
+    at_random = torch.randint(G, (B, h, L), generator=draw.generator)  # uneven: some empty, some of one query
+    grouping = draw.one("grouping", "in turn", "at random", "at random", "at random")
+    groups = at_random if grouping == "at random" else in_turn.contiguous()
+    selected = torch.rand(B, h, G, S, generator=draw.generator).argsort()[..., :n]  # in any order
+    return arguments | {"groups": groups, "selected": selected}, scale
+
+
 GROUPED_ATTENTION = {
     **of_scale(grouped),
+    **of_tokens(grouped),
     "scale after the softmax, as printed (12)": partial(as_printed_attention, as_printed={12}),
     "no softmax, as printed (13)": partial(as_printed_attention, as_printed={13}),
     "no softmax": weighing(lambda logits, read, _: logits * read),
@@ -130,20 +148,14 @@ GROUPED_ATTENTION = {
     "first head's selection for all": altered(grouped, selected=lambda a: first_for_all(a.selected, 1)),
     "first image's groups for the whole batch": altered(grouped, groups=lambda a: first_for_all(a.groups, 0)),
     "first image's selection for the whole batch": altered(grouped, selected=lambda a: first_for_all(a.selected, 0)),
-    "first image's keys for the whole batch": altered(grouped, k=lambda a: first_for_all(a.k, 0)),
     "last query of every group left out": last_left_out,
     "order of the queries not restored": left_sorted,
     "order of the queries applied twice": sorted_once_more,
     "groups not sorted with their queries": groups_not_sorted,
-    "keys and values exchanged": altered(grouped, k=lambda a: a.v, v=lambda a: a.k),
-    "keys read as values": altered(grouped, v=lambda a: a.k),
     "keys sorted, their values not": gathering(lambda k, selected: of_groups(k, selected.sort().values), of_groups),
     "values of the first n tokens": gathering(of_groups, first_rows),
-    "heads and channels interleaved": interleaved(grouped),
-    "gradient cut at the queries": altered(grouped, q=lambda a: a.q.detach()),
-    "gradient cut at the keys": altered(grouped, k=lambda a: a.k.detach()),
-    "gradient cut at the values": altered(grouped, v=lambda a: a.v.detach()),
-    "gradient cut at the weights": altered(grouped, q=lambda a: a.q.detach(), k=lambda a: a.k.detach()),
     "gradients of a key's groups not added up": gathering(by_last_group, by_last_group),
     "gradient of the values without softmax, as printed (17)": partial(as_printed_attention, as_printed={17}),
 }
+
+register(grouped_attention, draw_case, GROUPED_ATTENTION)

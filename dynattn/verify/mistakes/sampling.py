@@ -1,10 +1,13 @@
-"""Mistakes of `sample_points`."""
+"""`sample_points` for the oracle: how its cases are drawn, and its mistakes."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynattn.core import sample_points
 from dynattn.core import sample_points_torch as sample
+from dynattn.verify.cases import Call, Draw
 from dynattn.verify.mistakes.common import altered, first_for_all, moved
+from dynattn.verify.registry import register
 
 
 def read(x: Tensor, points: Tensor, **how) -> Tensor:
@@ -16,6 +19,12 @@ def read(x: Tensor, points: Tensor, **how) -> Tensor:
 def inside(points: Tensor) -> Tensor:
     """1 for points on the map, 0 for those outside."""
     return (points.abs() <= 1).all(dim=-1).to(points)
+
+
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, C, H, W, N = draw.sizes(B=2, C=3, H=5, W=5, N=6)
+    return {"x": draw.normal(B, C, H, W), "points": draw.points(B, N)}, {}
 
 
 SAMPLE_POINTS = {
@@ -39,3 +48,5 @@ SAMPLE_POINTS = {
     "gradient cut at the points": altered(sample, points=lambda a: a.points.detach()),
     "gradient cut at the map": altered(sample, x=lambda a: a.x.detach()),
 }
+
+register(sample_points, draw_case, SAMPLE_POINTS)

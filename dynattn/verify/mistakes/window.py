@@ -1,4 +1,4 @@
-"""Mistakes of `window_attention`."""
+"""`window_attention` for the oracle: how its cases are drawn, and its mistakes."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from dynattn import core
-from dynattn.mechanisms.window import shift_of
+from dynattn.mechanisms.window import shift_of, window_attention
 from dynattn.mechanisms.window import window_attention_torch as windowed
-from dynattn.verify.mistakes.common import altered, first_for_all, interleaved, logits, of_scale, swapped
+from dynattn.verify.cases import Call, Draw
+from dynattn.verify.mistakes.common import altered, first_for_all, logits, of_scale, of_tokens, swapped
+from dynattn.verify.registry import register
 
 
 def on_the_map(
@@ -86,8 +88,22 @@ def padding_is_read(q, k, v, table, shape, window, shift, scale):
     return core.split_heads(z[:, : shape[0], : shape[1]], q.shape[1])
 
 
+def draw_case(draw: Draw) -> Call:
+    """A call of random sizes, with and without what is optional."""
+    B, h, d, H = draw.sizes(B=2, h=2, d=3, H=6)
+    shape = H, draw.one("W", 1, 2, 3, 3, 5, 6)
+    window = draw.one("wi", 1, 2, 2, 3, 3), draw.one("wj", 1, 2, 2, 3, 3)
+    shift = draw.one("shift", *((i, j) for i in range(window[0]) for j in range(window[1])))
+    has_table, scale = draw.one("table", False, True, True, True), draw.scale()
+    arguments = {name: draw.normal(B, h, shape[0] * shape[1], d) for name in "qkv"}
+    table = draw.normal(h, 2 * window[0] - 1, 2 * window[1] - 1) if has_table else None
+    arguments |= {"table": table, "query_shape": shape}
+    return arguments, {"window": window} | ({} if shift == (0, 0) else {"shift": shift}) | scale
+
+
 WINDOW_ATTENTION = {
     **of_scale(windowed),
+    **of_tokens(windowed),
     "shift ignored": altered(windowed, shift=lambda a: (0, 0)),
     "shift of rows and columns swapped": altered(windowed, shift=lambda a: swapped(a.shift)),
     "shift without mask": on_the_map(masked=False),
@@ -111,8 +127,7 @@ WINDOW_ATTENTION = {
     "bias scaled too": altered(windowed, table=lambda a: a.table * a.scale),
     "bias added after the softmax": on_the_map(finish=bias_on_weights),
     "bias of the first head for all": altered(windowed, table=lambda a: first_for_all(a.table, 0)),
-    "heads and channels interleaved": interleaved(windowed),
-    "first image's keys for the whole batch": altered(windowed, k=lambda a: first_for_all(a.k, 0)),
     "gradient cut at the table": altered(windowed, table=lambda a: a.table.detach()),
-    "gradient cut at the values": altered(windowed, v=lambda a: a.v.detach()),
 }
+
+register(window_attention, draw_case, WINDOW_ATTENTION)
