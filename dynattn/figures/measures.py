@@ -375,3 +375,16 @@ def evaluate_groups(
     best = {rule: max(fit, key=lambda name, rule=rule: fit[name][rule].max()) for rule in ("nmi", "keys")}
     result["chosen"] = {rule: [name, result["layers"][name]["chosen"][rule]] for rule, name in best.items()}
     return result
+
+
+def image_share(offsets: Float[Tensor, "images *points 2"]) -> tuple[float, float]:
+    """How much of the offsets depends on the image, and how much of the rest is one shift for all points.
+
+    offsets: of the same layer for several images, (images, groups, N, 2), in any unit. Of the mean squared length:
+    first the share that is left when every point's mean over the images is taken away, from 0 (the same points for
+    every image) to 1; then the share of a single mean move of each group, the same for all of its points and images.
+    """
+    total = offsets.square().sum(dim=-1).mean()
+    same = offsets.mean(dim=0).square().sum(dim=-1).mean()
+    shift = offsets.mean(dim=(0, -2)).square().sum(dim=-1).mean()
+    return float(1 - same / total), float(shift / total)
