@@ -323,8 +323,8 @@ def in_words(found: dict[str, dict[str, dict[str, float]]]) -> str:
             *lines,
             "",
             f"{MEASURED} test images. **Verdict.** The image moves the points most in layer {moved[0][0]} "
-            f"({moved[1]['image']:.0%}) and least in layer {least[0][0]} ({least[1]['image']:.0%}). There the points are "
-            f"a grid that moves by nearly the same step for every image. In {better} of {len(rows)} layers the "
+            f"({moved[1]['image']:.0%}) and least in layer {least[0][0]} ({least[1]['image']:.0%}). There the points "
+            f"are a grid that moves by nearly the same step for every image. In {better} of {len(rows)} layers the "
             f"points lie on the object at least 1.2 times as often as on another image's.",
         ]
     )
