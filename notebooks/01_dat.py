@@ -22,7 +22,7 @@ from dynattn.lessons import agree, begin, dat as lesson, judge, normal, rearrang
 # | `swin_mini` | the tokens of its own window |
 # | `dat_mini` | a few points. The image has moved them |
 #
-# **Predict first.** The query below stands in the background, at the yellow cross. Which of the three can read the bird?
+# **Predict first.** The query below stands in the background, at the red star. Which of the three can read the bird?
 # How many keys does each of them need? Then look. Click on another place and predict again.
 
 # %%

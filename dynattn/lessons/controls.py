@@ -7,6 +7,7 @@ ipywidgets with `observe`; the picture is an anywidget that tells where it is po
 picture of the first values, so that it can be read where no kernel runs.
 """
 
+import re
 import textwrap
 from base64 import b64encode
 from collections.abc import Callable
@@ -20,7 +21,8 @@ import ipywidgets
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 from traitlets import Bool, Bytes, Int, List, Unicode
 
 DPI = 80
@@ -123,13 +125,33 @@ class Turn(ipywidgets.VBox):
         row, col = self.values[name]
         self._changed(name, pointer.held(row + down * pointer.step, col + right * pointer.step))
 
+    def still(self) -> bytes:
+        """What is shown now as a PNG: the picture, and below it the values and the words."""
+        image = Image.open(BytesIO(self.picture.png)).convert("RGB")
+        font = ImageFont.truetype(findfont("DejaVu Sans"), 13)
+        turned = ", ".join(f"{name} = {_short(value)}" for name, value in self.values.items())
+        text = textwrap.wrap(f"[{turned}]  {re.sub('<[^>]+>', '', self.words)}", image.width // 7)
+        sheet = Image.new("RGB", (image.width, image.height + 18 * len(text) + 8), "white")
+        sheet.paste(image)
+        ImageDraw.Draw(sheet).multiline_text((6, image.height), "\n".join(text), "#222222", font, spacing=4)
+        file = BytesIO()
+        sheet.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        return file.getvalue()
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """The widget, and for places where no widget can be the picture and the words."""
         found = super()._repr_mimebundle_(**options)
         data, metadata = found if isinstance(found, tuple) else (found, {})
         plain = "\n".join([", ".join(f"{name} = {value}" for name, value in self.values.items()), self.words])
-        still = {"image/png": b64encode(self.picture.png).decode(), "text/plain": textwrap.fill(plain, 100)}
+        still = {"image/png": b64encode(self.still()).decode(), "text/plain": textwrap.fill(plain, 100)}
         return (data or {}) | still, metadata
+
+
+def _short(value: Any) -> str:
+    """A value in few characters."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def turn(draw: Callable[..., Figure | tuple[Figure, str]], **controls: Any) -> Turn:
