@@ -468,7 +468,7 @@ def trace(model: nn.Module, image: object) -> Trace:
     missing = _unrecorded(ran, records)
     if not records:
         raise ValueError(
-            "model: no attention layer could be recorded; "
+            f"model: no attention layer of {type(model).__name__} could be recorded; "
             + (f"this attention ran, and is of kinds that are not recorded: {missing}" if missing else "none ran")
         )
     if missing:

@@ -198,7 +198,7 @@ def test_other_attention_is_left_out_and_not_recorded_wrongly():
     from timm.models.vision_transformer import ParallelScalingBlock
 
     for model in (vit(num_heads=2, attn_layer="diff"), vit(block_fn=ParallelScalingBlock)):
-        with pytest.raises(ValueError, match="no attention layer could be recorded"):
+        with pytest.raises(ValueError, match="no attention layer of VisionTransformer could be recorded"):
             trace(model, normal(3, 32, 32))
 
 
