@@ -2,46 +2,95 @@
 
 A mechanism calls `keep(self, record)` in its forward when `recording()`. This file knows no mechanism: a record is any
 subclass of `Record` that answers `weights`, `keys` and `effective_matrix`; `trace` finds where it stands in the model
-and in the image. Models of timm are recorded through adapters, which mechanisms register with `adapter`.
+and in the image. Models of timm are recorded through adapters, which `dynattn/adapters` registers with `adapter`.
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from math import ceil
 from pkgutil import iter_modules
+from threading import Lock
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_keepers: list[Callable[[nn.Module, "Record"], None]] = []
+# Who gets the records of the forward that runs now. Each thread (and each task of asyncio) has its own: a trace never
+# sees the forward of another one, though both may run the same modules.
+_keeper: ContextVar[Callable[[nn.Module, "Record"], None] | None] = ContextVar("keeper", default=None)
 _adapters: dict[str, Callable] = {}
 
 
 def recording() -> bool:
-    """Whether a trace is being taken. A mechanism builds its record only then."""
-    return bool(_keepers)
+    """Whether a trace is being taken of the forward that runs now. A mechanism builds its record only then."""
+    return not torch.compiler.is_compiling() and _keeper.get() is not None
 
 
 def keep(module: nn.Module, record: "Record") -> None:
     """Hand the record of one forward of `module` to the trace that is being taken."""
-    for keeper in _keepers:
+    keeper = _keeper.get()
+    if keeper is not None:
         keeper(module, record)
 
 
-def adapter(class_path: str) -> Callable:
-    """Register how another library's module is recorded.
+@contextmanager
+def keeping(keeper: Callable[[nn.Module, "Record"], None]) -> Iterator[None]:
+    """`keeper(module, record)` gets every record that forwards make inside, in this thread only."""
+    before = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(before)
 
-    The decorated function gets (module, keep) and returns hook handles, which are removed after the trace.
+
+def adapter(*class_paths: str) -> Callable:
+    """Register how modules of another library are recorded.
+
+    The decorated function gets (module, watch): it hooks the module with `watch.before` and `watch.after`, and hands
+    records to `tracing.keep`.
     """
 
     def register(attach: Callable) -> Callable:
-        _adapters[class_path] = attach
+        _adapters.update(dict.fromkeys(class_paths, attach))
         return attach
 
     return register
+
+
+class Watch:
+    """Hooks of one trace on modules that others may be using at the same time.
+
+    Torch calls a module's hooks in every thread that runs it. These do something in the forward of their own trace
+    only, and nothing that they return changes what the module computes.
+    """
+
+    def __init__(self, keeper: Callable[[nn.Module, "Record"], None]):
+        self._keeper, self._handles = keeper, []
+
+    def before(self, module: nn.Module, hook: Callable) -> None:
+        """Call hook(module, inputs) before each forward of `module`."""
+        self._handles.append(module.register_forward_pre_hook(self._own(hook)))
+
+    def after(self, module: nn.Module, hook: Callable) -> None:
+        """Call hook(module, inputs, named, output) after each forward of `module`; `named`: its keyword arguments."""
+        self._handles.append(module.register_forward_hook(self._own(hook), with_kwargs=True))
+
+    def _own(self, hook: Callable) -> Callable:
+        # In another thread, a hook that is being removed may be called without `named`: hence any arguments.
+        def guarded(*given: object) -> None:
+            if _keeper.get() is self._keeper:
+                hook(*given)
+
+        return guarded
+
+    def remove(self) -> None:
+        """Take all hooks off again."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -147,20 +196,41 @@ def overlap(fine: int, coarse: int, factor: float) -> Float[Tensor, "coarse fine
     return covered / covered.sum(dim=1, keepdim=True)
 
 
-def spread(heat: Float[Tensor, "h w"], shape: tuple[int, int], factor: tuple[float, float]) -> Float[Tensor, "H W"]:
-    """Area resize of a distribution to a finer map: every cell gives its mass to the cells it covers."""
-    rows = overlap(shape[0], heat.shape[0], factor[0]).to(heat)
-    cols = overlap(shape[1], heat.shape[1], factor[1]).to(heat)
-    return torch.einsum("ab,ai,bj->ij", heat, rows, cols)
+def spread(
+    heat: Float[Tensor, "*maps h w"], shape: tuple[int, int], factor: tuple[float, float]
+) -> Float[Tensor, "*maps H W"]:
+    """Area resize of distributions to a finer map: every cell gives its mass to the cells it covers."""
+    rows = overlap(shape[0], heat.shape[-2], factor[0]).to(heat)
+    cols = overlap(shape[1], heat.shape[-1], factor[1]).to(heat)
+    return torch.einsum("...ab,ai,bj->...ij", heat, rows, cols)
+
+
+def roll_out(heat: Float[Tensor, "n L"], records: Sequence[Record]) -> Float[Tensor, "n S"]:
+    """Carry mass on the cells of the last layer back to the cells of the first; each of the n rows sums to 1.
+
+    From the last layer to the first: half the mass stays (the residual connection), half moves along the head mean
+    of the effective matrices; between stages a cell hands its mass to the cells it covers (area resize).
+    """
+    shape, stride = records[-1].query_shape, records[-1].stride
+    for record in reversed(records):
+        if record.query_shape != shape:
+            factor = (stride[0] / record.stride[0], stride[1] / record.stride[1])
+            heat = spread(heat.unflatten(1, shape), record.query_shape, factor).flatten(1)
+            shape, stride = record.query_shape, record.stride
+        n = heat.shape[1]
+        mean = sum(record.effective_matrix(m)[:n, :n].to(heat) for m in range(record.heads)) / record.heads
+        heat = 0.5 * heat + 0.5 * (heat @ mean)
+        heat = heat / heat.sum(dim=1, keepdim=True)
+    return heat
 
 
 class Trace:
     """Every attention layer of one forward pass, by its path in `named_modules()`, in the order they ran.
 
-    `image` (3, H, W) is what the model saw; `logits` what it answered.
+    `image` (C, H, W) is what the model saw; `logits` what it answered.
     """
 
-    def __init__(self, image: Float[Tensor, "3 H W"], logits: Tensor, records: dict[str, Record]):
+    def __init__(self, image: Float[Tensor, "C H W"], logits: Tensor, records: dict[str, Record]):
         self.image, self.logits, self._records = image, logits, records
 
     @property
@@ -186,120 +256,227 @@ class Trace:
     def rollout(self, row: float, col: float) -> Float[Tensor, "H W"]:
         """Where the network's last layer got what it knows about image pixel (row, col): a map that sums to 1.
 
-        From the last layer to the first: half the mass stays (the residual connection), half moves along the head mean
-        of the effective matrices; between stages a cell hands its mass to the cells it covers (area resize).
-        Abnar and Zuidema's attention rollout, on effective matrices so that it means the same for every mechanism.
-        Raises ValueError for a pixel outside the image.
+        Abnar and Zuidema's attention rollout, on effective matrices so that it means the same for every mechanism: see
+        `roll_out`. Raises ValueError for a pixel outside the image.
         """
-        if not self._records:
+        records = list(self)
+        if not records:
             raise ValueError("this model has no recorded attention layer: nothing to roll out")
-        records = list(self._records.values())[::-1]
-        last = records[0]
-        heat = torch.zeros(last.query_shape[0] * last.query_shape[1])
-        heat[last.query(row, col)] = 1.0
-        shape, stride = last.query_shape, last.stride
-        for record in records:
-            if record.query_shape != shape:
-                factor = (stride[0] / record.stride[0], stride[1] / record.stride[1])
-                heat = spread(heat.reshape(shape), record.query_shape, factor).flatten()
-                shape, stride = record.query_shape, record.stride
-            mean = torch.stack([record.effective_matrix(m) for m in range(record.heads)]).mean(dim=0)
-            heat = 0.5 * heat + 0.5 * (heat @ mean[: heat.numel(), : heat.numel()].to(heat))
-            heat = heat / heat.sum()
-        return spread(heat.reshape(shape), tuple(self.image.shape[-2:]), stride)
+        first, last = records[0], records[-1]
+        start = torch.zeros(1, last.query_shape[0] * last.query_shape[1])
+        start[0, last.query(row, col)] = 1.0
+        heat = roll_out(start, records)
+        return spread(heat.reshape(first.query_shape), tuple(self.image.shape[-2:]), first.stride)
 
 
-def _is_normalised(image: object) -> bool:
-    """Whether an image is a tensor that is taken as it is, and no picture."""
-    return isinstance(image, Tensor) and image.is_floating_point()
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model takes
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _input_size(model: nn.Module) -> int | tuple[int, int] | None:
-    """The size that pictures are brought to: ours in `img_size`, timm's in `default_cfg`; None keeps the picture's."""
-    size = getattr(model, "img_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, None))[1:]
-    return size if isinstance(size, int) or (size and all(size)) else None
+def _settings(model: nn.Module, read: Callable[[nn.Module], object]) -> object:
+    """What `read` finds in the outermost module that has it: wrappers such as DataParallel ask what they wrap."""
+    return next((found for module in model.modules() if (found := read(module))), None)
+
+
+def _size_of(module: nn.Module) -> tuple[int, int] | None:
+    """The size of pictures that a module was made for or set to: timm's patch embedding knows, its default does not."""
+    default = (getattr(module, "default_cfg", None) or {}).get("input_size", (3, None))[1:]
+    for size in (getattr(module, "img_size", None), getattr(getattr(module, "patch_embed", None), "img_size", None)):
+        sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+        if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+            return sides
+    return tuple(default) if all(default) else None
+
+
+def _first_convolution(module: nn.Module) -> int | None:
+    return module.in_channels if isinstance(module, nn.Conv2d) else None
+
+
+def _to_model(model: nn.Module, image: object) -> Float[Tensor, "1 C H W"]:
+    """The image as the model takes it: size, channels and normalisation are the model's own where it has any."""
+    from dynattn.data import MEAN, STD, to_input
+
+    told = _settings(model, lambda module: getattr(module, "in_chans", None))
+    guessed = _settings(model, _first_convolution) or 3
+    if isinstance(image, Tensor) and image.is_floating_point():
+        # Only the attribute is sure; the first convolution need not be the one that sees the image.
+        given = image.shape[-3] if image.ndim >= 3 else 3
+        return to_input(image, channels=told or (guessed if given == guessed else 3))
+    config = _settings(model, lambda module: getattr(module, "default_cfg", None)) or {}
+    channels = told or (guessed if guessed in (1, 4) else 3)
+    size = _settings(model, _size_of)
+    return to_input(image, size, channels=channels, mean=config.get("mean") or MEAN, std=config.get("std") or STD)
 
 
 def _stage_strides(model: nn.Module) -> dict[str, float]:
-    """The stride of each stage by the path of its module, as timm's `feature_info` tells it."""
-    info = getattr(model, "feature_info", None) or []
-    info = getattr(info, "info", info)
-    return {entry["module"]: float(entry["reduction"]) for entry in info}
+    """The stride of each stage by the path of its module, as timm's `feature_info` tells it, wherever it stands."""
+    strides = {}
+    for path, module in model.named_modules():
+        info = getattr(module, "feature_info", None)
+        info = getattr(info, "info", info)
+        for entry in info if isinstance(info, list | tuple) else ():  # a few models have a method of this name
+            strides[f"{path}.{entry['module']}".lstrip(".")] = float(entry["reduction"])
+    return strides
 
 
 def _place(record: Record, name: str, image_shape: tuple[int, int], strides: dict[str, float]) -> None:
     """Tell a record its name and how its map lies over the image."""
     record.name, record.image_shape = name, image_shape
-    stages = [path for path in strides if name == path or name.startswith(path + ".")]
+    stages = [path for path in strides if _inside(name, path)]
     stride = strides[max(stages, key=len)] if stages else None
     known = stride and all(ceil(side / stride) == n for side, n in zip(image_shape, record.query_shape, strict=True))
     H, W = record.query_shape
     record.stride = (stride, stride) if known else (image_shape[0] / H, image_shape[1] / W)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not recorded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _inside(path: str, outer: str) -> bool:
+    """Whether a module's path is another's, or below it."""
+    return not outer or path == outer or path.startswith(outer + ".")
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether a module is taken for attention: by its class's name (attention, attn), or by a child qkv or qk."""
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name or any(child in ("qkv", "qk") for child, _ in module.named_children())
+
+
+def _unrecorded(ran: dict[str, nn.Module], recorded: dict[str, Record]) -> str:
+    """What ran and looks like attention, but was not recorded, in words; "" if there is none.
+
+    A module that holds a recorded one, or is part of it, is accounted for; of modules within each other the innermost
+    is named.
+    """
+    missing: dict[str, list[str]] = {}
+    for path, module in ran.items():
+        accounted = any(_inside(path, name) or _inside(name, path) for name in recorded)
+        if not accounted and not any(other != path and _inside(other, path) for other in ran):
+            missing.setdefault(type(module).__name__, []).append(path or "the model itself")
+    return ", ".join(
+        f"{len(paths)} x {name} ({paths[0]}{', ...' * (len(paths) > 1)})" for name, paths in missing.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trace
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _load_adapters() -> None:
-    """Import every mechanism, whatever there is: each registers its adapters when it is imported."""
-    for file in iter_modules(import_module("dynattn.mechanisms").__path__, "dynattn.mechanisms."):
-        import_module(file.name)
+    """Import every mechanism and every adapter, whatever there is: each registers what it can record."""
+    for folder in ("dynattn.mechanisms", "dynattn.adapters"):
+        for file in iter_modules(import_module(folder).__path__, f"{folder}."):
+            import_module(file.name)
 
 
 @contextmanager
-def _hooks(model: nn.Module, keeper: Callable) -> Iterator[None]:
+def _watching(model: nn.Module, keeper: Callable[[nn.Module, Record], None]) -> Iterator[Watch]:
     """Everything that makes the modules of a model report, removed again whatever happens."""
-    handles = []
+    watch = Watch(keeper)
     try:
         for module in model.modules():
             paths = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
             attach = next((_adapters[path] for path in paths if path in _adapters), None)
             if attach is not None:
-                handles += attach(module, keeper)
-        _keepers.append(keeper)
-        yield
+                attach(module, watch)
+        yield watch
     finally:
-        if keeper in _keepers:
-            _keepers.remove(keeper)
-        for handle in handles:
-            handle.remove()
+        watch.remove()
+
+
+_modes: dict[nn.Module, tuple[int, bool]] = {}  # how many hold a module in eval mode, and the mode that it had
+_modes_lock = Lock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back in its own afterwards: a frozen layer of a training model stays frozen."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    """Every module in eval mode, and back in its own afterwards: a frozen layer of a training model stays frozen.
+
+    Several threads may be inside with the same modules: the last one to leave brings the modes back.
+    """
+    modules = list(model.modules())
+    with _modes_lock:
+        for module in modules:
+            holders, mode = _modes.get(module, (0, module.training))
+            _modes[module] = (holders + 1, mode)
     try:
+        with _modes_lock:
+            model.eval()
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        with _modes_lock:
+            for module in modules:
+                holders, mode = _modes.pop(module)
+                if holders > 1:
+                    _modes[module] = (holders - 1, mode)
+                else:
+                    module.training = mode
 
 
-@torch.no_grad()
+def _itself(model: nn.Module) -> nn.Module:
+    """The module that computes, where `torch.compile` or DataParallel stands around it: both would run a copy."""
+    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod
+    return model
+
+
 def trace(model: nn.Module, image: object) -> Trace:
     """Run `model` once on one image and record every attention layer.
 
-    `image`: a path, PIL image or uint8 array, brought to the model's own input size; or a normalised tensor (3, H, W)
-    or (1, 3, H, W), taken as it is. The model runs in eval mode, without gradients, and is left in the mode it had.
-    Returns a `Trace`. Raises TypeError, ValueError when the image is not one.
-    """
-    from dynattn.data import to_input
+    `image`: a path, bytes, binary file, PIL image, uint8 array or uint8 tensor, brought to the model's own size,
+    channels and normalisation; or a normalised floating tensor (C, H, W) or (1, C, H, W), taken as it is. See
+    `dynattn.data.to_input`. The model runs in eval mode, without gradients, and is left in the mode it had. Several
+    threads may trace one model, or run it, at the same time: each trace records its own forward. (What another thread
+    trains meanwhile sees eval mode.) A model inside `torch.compile(model)` runs without being compiled.
 
+    Returns a `Trace`. Raises TypeError, ValueError when the image is not one, ValueError when no attention layer could
+    be recorded. Warns of attention that ran and is not recorded, and of layers that ran several times: the last run is
+    kept. Attention is told by `looks_like_attention`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
-    x = to_input(image, None if _is_normalised(image) else _input_size(model))
+    x = _to_model(model, image)
     parameter = next(model.parameters(), x)
     x = x.to(parameter.device, parameter.dtype)
     _load_adapters()
     names = {module: name for name, module in model.named_modules()}
-    records: dict[str, Record] = {}
     strides = _stage_strides(model)
+    records: dict[str, Record] = {}
+    ran: dict[str, nn.Module] = {}
+    again: set[str] = set()
 
     def keeper(module: nn.Module, record: Record) -> None:
         name = names.get(module)
         if name is not None:
             _place(record, name, tuple(x.shape[-2:]), strides)
+            again.update({name} & records.keys())
             records[name] = record
 
-    with evaluating(model), _hooks(model, keeper):
-        logits = model(x)
+    def note(module: nn.Module, *_: object) -> None:
+        ran[names[module]] = module
+
+    with torch.no_grad(), evaluating(model), _watching(model, keeper) as watch, keeping(keeper):
+        for module in filter(looks_like_attention, names):
+            watch.after(module, note)
+        logits = _itself(model)(x)
+
+    missing = _unrecorded(ran, records)
+    if not records:
+        raise ValueError(
+            f"model: no attention layer of {type(model).__name__} could be recorded; "
+            + (f"this attention ran, and is of kinds that are not recorded: {missing}" if missing else "none ran")
+        )
+    if missing:
+        warnings.warn(f"model: this attention ran and is not recorded: {missing}", stacklevel=2)
+    if again:
+        warnings.warn(
+            f"model: {len(again)} layers ran several times in one forward, {sorted(again)[0]} first among them; "
+            "the trace keeps the last run of each",
+            stacklevel=2,
+        )
     return Trace(x[0].float().cpu(), logits[0], records)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import dynattn
 from dynattn import core
-from dynattn.mechanisms.dense import DenseRecord, token_grid
+from dynattn.adapters.timm import token_grid
+from dynattn.mechanisms.dense import DenseRecord
 from dynattn.tracing import Record, trace
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -197,7 +198,8 @@ def test_other_attention_is_left_out_and_not_recorded_wrongly():
     from timm.models.vision_transformer import ParallelScalingBlock
 
     for model in (vit(num_heads=2, attn_layer="diff"), vit(block_fn=ParallelScalingBlock)):
-        assert trace(model, normal(3, 32, 32)).layers == []
+        with pytest.raises(ValueError, match="no attention layer of VisionTransformer could be recorded"):
+            trace(model, normal(3, 32, 32))
 
 
 def test_masked_attention_is_refused():

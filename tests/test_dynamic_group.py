@@ -651,11 +651,8 @@ def test_cosines():
 def record_of(module: DynamicGroupAttention, x: Tensor) -> dynamic_group.DynamicGroupRecord:
     """What the layer keeps of a map."""
     kept = []
-    tracing._keepers.append(lambda _, record: kept.append(record))
-    try:
+    with tracing.keeping(lambda _, record: kept.append(record)):
         module(x)
-    finally:
-        tracing._keepers.pop()
     return kept[0]
 
 

@@ -1,6 +1,5 @@
 """Reading pictures: every kind of file a user may have, every kind of array a user may give, the way back."""
 
-import io
 import struct
 import zlib
 
@@ -245,9 +244,9 @@ def test_empty_arrays(shape):
         read_image(np.zeros(shape, np.uint8))
 
 
-@pytest.mark.parametrize("source", [None, 3, b"a.png", [1, 2], io.BytesIO(b"")])
+@pytest.mark.parametrize("source", [None, 3, [1, 2], int])
 def test_other_types(source):
-    with pytest.raises(TypeError, match="expected a path, a PIL image or a uint8 array, got"):
+    with pytest.raises(TypeError, match="expected a path, bytes, a binary file, a PIL image or a uint8 array, got"):
         read_image(source)
 
 
@@ -311,8 +310,9 @@ def test_uint8_tensors_are_pictures(pixels):
     assert torch.equal(to_input(tensor), to_input(pixels))
     assert torch.equal(to_input(tensor[None]), to_input(pixels))
     assert torch.equal(to_input(tensor[:1]), to_input(pixels[..., 0]))
-    with pytest.raises(ValueError, match=r"uint8 tensor \(C, H, W\)"):
-        to_input(torch.from_numpy(pixels))
+    assert torch.equal(to_input(torch.from_numpy(pixels)), to_input(pixels))
+    with pytest.raises(ValueError, match=r"uint8 tensor \(C, H, W\) or \(H, W, C\)"):
+        to_input(torch.from_numpy(pixels)[..., :2])
 
 
 @pytest.mark.parametrize(

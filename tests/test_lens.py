@@ -257,7 +257,12 @@ def test_a_query_that_is_no_number_is_refused(lens):
             "models: expected a model, a trace or a list of them, got",
         ),
         ([1], np.zeros((8, 8, 3), np.uint8), TypeError, "models: expected torch modules or traces, got int"),
-        (nn.Conv2d(3, 8, 3), np.zeros((8, 8, 3), np.uint8), ValueError, "models: Conv2d has no attention layer"),
+        (
+            nn.Conv2d(3, 8, 3),
+            np.zeros((8, 8, 3), np.uint8),
+            ValueError,
+            "model: no attention layer of Conv2d could be recorded",
+        ),
         (nn.Identity(), None, TypeError, "image: expected a path, PIL image, uint8 array or tensor, got none"),
         (nn.Identity(), np.zeros((8, 8, 3)), TypeError, "uint8"),
         (nn.Identity(), "missing.jpg", FileNotFoundError, "missing.jpg"),

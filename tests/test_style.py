@@ -21,7 +21,7 @@ LAYERS = [
     ("core", "data", "weights"),
     ("tracing",),
     ("mechanisms",),
-    ("ops", "models"),
+    ("ops", "models", "adapters"),
     ("verify", "official", "training", "cost", "dense", "figures", "widgets", "bench"),
     ("cli", "__main__"),
 ]

@@ -404,7 +404,16 @@ def test_normalised_tensors_are_taken_as_they_are(dtype):
 
 def test_pictures_keep_their_size_where_the_model_has_none():
     array = np.zeros((20, 51, 3), dtype=np.uint8)
-    assert trace(nn.Sequential(nn.Conv2d(3, 2, 1)), array).image.shape == (3, 20, 51)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attn = nn.Conv2d(3, 8, 1), WindowAttention(8, 2, 4)
+
+        def forward(self, x):
+            return self.attn(self.embed(x).movedim(1, -1)).mean((1, 2))
+
+    assert trace(Model(), array).image.shape == (3, 20, 51)
 
 
 # --------------------------------------------------------------------------------------------------- nothing is left
@@ -463,12 +472,12 @@ def test_nothing_is_recorded_without_a_trace():
         tracing.keep = keep
 
 
-def test_model_without_attention_has_an_empty_trace():
-    t = trace(nn.Conv2d(3, 2, 1), normal(3, 4, 4))
-    assert t.layers == [] and len(t) == 0
+def test_model_without_attention_is_refused():
+    for model, size in ((nn.Conv2d(3, 2, 1), 4), (nn.Identity(), 4)):  # the second has not even a parameter
+        with pytest.raises(ValueError, match="model: no attention layer of .* could be recorded; none ran"):
+            trace(model, normal(3, size, size))
     with pytest.raises(ValueError, match="no recorded attention layer"):
-        t.rollout(0, 0)
-    assert trace(nn.Identity(), torch.zeros(3, 4, 4)).layers == []  # not even a parameter
+        Trace(torch.zeros(3, 4, 4), torch.zeros(1), {}).rollout(0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -514,7 +523,7 @@ BAD = [
     ),
     (None, torch.full((3, 4, 4), torch.nan), ValueError, r"image: expected finite values"),
     (None, np.zeros((4, 4, 3)), TypeError, r"image: expected an array of dtype uint8"),
-    (None, 7, TypeError, r"image: expected a path, a PIL image or a uint8 array, got int"),
+    (None, 7, TypeError, r"image: expected a path, bytes, a binary file, a PIL image or a uint8 array, got int"),
     (None, "no/such/file.png", FileNotFoundError, r"no/such/file.png"),
 ]
 

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,27 @@ GAIN, OFFSET = 0.15, 0.08  # what augment() changes a channel at most, of a rang
 
 
 def read_image(source: Any) -> Image.Image:
-    """An RGB picture from a path, a PIL image, or a uint8 array (H, W) or (H, W, 1 | 3 | 4).
+    """An RGB picture from a path, bytes, a binary file, a PIL image, or a uint8 array (H, W) or (H, W, 1 | 3 | 4).
 
     Turned upright by its EXIF entry; grey, 16-bit, palette and CMYK are converted, transparency goes over white, of
-    an animation the first frame is taken. The PIL image given is left as it is.
+    an animation the first frame is taken. The PIL image given is left as it is. A file (BytesIO, an open file) is read
+    from its start, stays open and stands where it stood; one that cannot seek is read to its end.
     Raises FileNotFoundError for a path without a file, ValueError for a file that is no picture, is damaged or larger
     than Pillow holds for safe, and for arrays of another shape; TypeError for other types and other dtypes.
     """
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _open(BytesIO(source), f"{memoryview(source).nbytes} bytes")
+    if callable(getattr(source, "read", None)):
+        return _read_stream(source)
     if isinstance(source, Image.Image):
         return _decode(source, "image")
     if isinstance(source, np.ndarray):
         return _to_rgb_mode(Image.fromarray(_checked_array(source)))
-    raise TypeError(f"image: expected a path, a PIL image or a uint8 array, got {type(source).__name__}")
+    raise TypeError(
+        f"image: expected a path, bytes, a binary file, a PIL image or a uint8 array, got {type(source).__name__}"
+    )
 
 
 def _read_file(path: Path) -> Image.Image:
@@ -41,16 +50,40 @@ def _read_file(path: Path) -> Image.Image:
         raise ValueError(f"image: expected a picture file, got the folder {str(path)!r}")
     if not path.exists():
         raise FileNotFoundError(f"image: no file {str(path)!r}")
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with open(path, "rb") as file:
+        return _open(file, repr(str(path)))
+
+
+def _read_stream(file: Any) -> Image.Image:
+    """The picture in a file that somebody else opened."""
+    name = f"a {type(file).__name__}"
+    try:
+        if not (hasattr(file, "seekable") and file.seekable()):
+            content = file.read()
+        else:
+            position = file.tell()
+            file.seek(0)
+            content = file.read()
+            file.seek(position)
+    except ValueError as error:  # a closed file
+        raise ValueError(f"image: cannot read {name}: {error}") from error
+    if not isinstance(content, bytes | bytearray):
+        raise TypeError(f"image: expected a file opened in binary mode ('rb'), got {name}, which reads text")
+    return _open(BytesIO(content), f"{name} of {len(content)} bytes")
+
+
+def _open(file: Any, name: str) -> Image.Image:
+    """The picture in a binary file, decoded. `name` tells the user which one it is."""
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             picture = Image.open(file)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"image: {str(path)!r} is too large: {error}; make it smaller first") from error
+            raise ValueError(f"image: {name} is too large: {error}; make it smaller first") from error
         except Exception as error:  # decoders raise what they like on bytes that are no picture
             reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-            raise ValueError(f"image: expected a picture that Pillow can read, got {str(path)!r}{reason}") from error
-        return _decode(picture, repr(str(path)))
+            raise ValueError(f"image: expected a picture that Pillow can read, got {name}{reason}") from error
+        return _decode(picture, name)
 
 
 def _decode(picture: Image.Image, name: str) -> Image.Image:
@@ -98,24 +131,52 @@ def _checked_array(array: np.ndarray) -> UInt8[np.ndarray, "..."]:
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
-def to_input(source: Any, size: int | tuple[int, int] | None = None) -> Float[Tensor, "1 3 H W"]:
+def to_input(
+    source: Any,
+    size: int | tuple[int, int] | None = None,
+    *,
+    channels: int = 3,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Float[Tensor, "1 C H W"]:
     """A normalised batch of one picture, as the models take it.
 
-    `source`: what `read_image` takes, or a tensor: floating (3, H, W) or (1, 3, H, W), taken as normalised already,
-    or uint8 (C, H, W), C = 1, 3 or 4, taken as a picture. `size`: None keeps the picture's own; an integer resizes
-    to that square, a pair to (H, W), bicubic with antialiasing; nothing is cut off.
-    Raises as `read_image` does; ValueError for tensors of another shape, with NaN or infinite values.
+    `source`: what `read_image` takes, or a tensor: floating (C, H, W) or (1, C, H, W), taken as normalised already,
+    or uint8, taken as a picture: (c, H, W) or (H, W, c) with c = 1, 3 or 4. Where the first side is 1, 3 or 4 it is
+    taken for the channels, as torch has them. `size`: None keeps the picture's own; an integer resizes to that square,
+    a pair to (H, W), bicubic with antialiasing; nothing is cut off. `channels`: what the model sees, C; pictures can be
+    made into 3 or 1 (grey, normalised by the averages of `mean` and `std`), tensors must have them.
+    Warns where a floating tensor lies in [0, 1]: such a one is not normalised.
+    Raises as `read_image` does; ValueError for tensors of another shape, with NaN or infinite values, and for pictures
+    where a model sees neither 1 nor 3 channels.
     """
     height_width = _checked_size(size)
     if isinstance(source, Tensor) and source.dtype != torch.uint8:
-        x = _checked_tensor(source)
+        x = _checked_tensor(source, channels)
+        if x.min() >= 0 and x.max() <= 1:
+            warnings.warn(
+                f"image: all values lie in [0, 1] (from {x.min():.3g} to {x.max():.3g}), but a floating tensor is "
+                "taken as normalised, with mean 0; a picture as ToTensor makes it must be normalised first: "
+                "torchvision.transforms.Normalize(dynattn.data.MEAN, dynattn.data.STD)(image), "
+                "or give it as (255 * image).round().byte()",
+                stacklevel=2,
+            )
         if height_width not in (None, tuple(x.shape[-2:])):
             x = F.interpolate(x, height_width, mode="bicubic", antialias=True)
         return x
+    if channels not in (1, 3):
+        raise ValueError(
+            f"image: the model sees {channels} channels, and a picture gives 3 or 1; "
+            f"give a normalised floating tensor ({channels}, H, W)"
+        )
     picture = read_image(_tensor_to_array(source) if isinstance(source, Tensor) else source)
     if height_width is not None:
         picture = picture.resize(height_width[::-1], Image.Resampling.BICUBIC)
-    return normalise(torch.from_numpy(np.array(picture)).movedim(-1, 0))[None]
+    if channels == 1:
+        picture, mean, std = picture.convert("L"), (sum(mean) / len(mean),), (sum(std) / len(std),)
+    levels = torch.from_numpy(np.array(picture)).reshape(picture.height, picture.width, channels).movedim(-1, 0)
+    scale, shift = _affine(levels.device, mean, std)
+    return (levels * scale + shift)[None]
 
 
 def _checked_size(size: Any) -> tuple[int, int] | None:
@@ -129,12 +190,14 @@ def _checked_size(size: Any) -> tuple[int, int] | None:
     return int(pair[0]), int(pair[1])
 
 
-def _checked_tensor(tensor: Tensor) -> Float[Tensor, "1 3 H W"]:
+def _checked_tensor(tensor: Tensor, channels: int) -> Float[Tensor, "1 C H W"]:
     if not tensor.is_floating_point():
         raise TypeError(f"image: expected a floating (normalised) or uint8 (picture) tensor, got {tensor.dtype}")
     x = tensor[None] if tensor.ndim == 3 else tensor
-    if x.ndim != 4 or x.shape[:2] != (1, 3) or x.numel() == 0:
-        raise ValueError(f"image: expected a tensor (3, H, W) or (1, 3, H, W), got {tuple(tensor.shape)}")
+    if x.ndim != 4 or x.shape[:2] != (1, channels) or x.numel() == 0:
+        raise ValueError(
+            f"image: expected a tensor ({channels}, H, W) or (1, {channels}, H, W), got {tuple(tensor.shape)}"
+        )
     if not x.isfinite().all():
         raise ValueError(f"image: expected finite values, got {int((~x.isfinite()).sum())} that are NaN or infinite")
     return x
@@ -142,9 +205,13 @@ def _checked_tensor(tensor: Tensor) -> Float[Tensor, "1 3 H W"]:
 
 def _tensor_to_array(tensor: UInt8[Tensor, "..."]) -> UInt8[np.ndarray, "H W C"]:
     picture = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
-    if picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
-        raise ValueError(f"image: expected a uint8 tensor (C, H, W) with C = 1, 3 or 4, got {tuple(tensor.shape)}")
-    return picture.movedim(0, -1).contiguous().cpu().numpy()
+    if picture.ndim == 3 and picture.shape[0] in (1, 3, 4):
+        picture = picture.movedim(0, -1)
+    elif picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
+        raise ValueError(
+            f"image: expected a uint8 tensor (C, H, W) or (H, W, C) with C = 1, 3 or 4, got {tuple(tensor.shape)}"
+        )
+    return picture.contiguous().cpu().numpy()
 
 
 def normalise(images: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
@@ -156,18 +223,27 @@ def normalise(images: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
     return images * scale + shift
 
 
-def to_rgb(x: Float[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    """A normalised picture as uint8 pixels, values outside [0, 1] clipped: the inverse of `normalise`."""
-    if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point():
+def to_rgb(x: Float[Tensor, "C H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """A normalised picture as uint8 pixels, values outside [0, 1] clipped: the inverse of `normalise`.
+
+    One channel (or two) is shown as grey; of more than three channels the first three are shown.
+    Raises ValueError for other tensors.
+    """
+    if x.ndim != 3 or x.shape[0] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected a floating tensor (3, H, W), got {x.dtype} {tuple(x.shape)}")
-    scale, shift = _affine(x.device)
-    pixels = (x.detach().float() - shift) / scale
+    mean, std = MEAN, STD
+    if x.shape[0] < 3:
+        x, mean, std = x[:1].expand(3, -1, -1), (sum(MEAN) / 3,) * 3, (sum(STD) / 3,) * 3
+    scale, shift = _affine(x.device, mean, std)
+    pixels = (x[:3].detach().float() - shift) / scale
     return pixels.round().clamp(0, 255).byte().movedim(0, -1).cpu().numpy()
 
 
-def _affine(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+def _affine(
+    device: torch.device, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> tuple[Float[Tensor, "C 1 1"], Float[Tensor, "C 1 1"]]:
     """normalised = scale * level + shift, for levels 0 to 255."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(tuple(values), device=device)[:, None, None] for values in (mean, std))
     return 1 / (255 * std), -mean / std
 
 

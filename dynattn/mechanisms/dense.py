@@ -2,11 +2,10 @@
 
     z^(m) = softmax(q^(m) k^(m)T / sqrt(d)) v^(m)                                                            DAT-2
 
-The operation itself is `core.dense_attention`; here are the module, its record, and how timm's Vision Transformer is
-recorded.
+The operation itself is `core.dense_attention`; here are the module and its record.
 """
 
-from math import isqrt, log
+from math import log
 
 import torch
 import torch.nn.functional as F
@@ -61,80 +60,42 @@ class DenseRecord(tracing.Record):
         *,
         prefix: int = 0,
         scale: float | None = None,
+        bias: Float[Tensor, "M S S"] | None = None,
     ):
         """q, k, v and what came out, z, with the `prefix` tokens that have no position in front, as a ViT has them.
 
-        `scale` None is d^-0.5. Raises TypeError, ValueError where S is not prefix + H W or shapes differ otherwise.
+        `scale` None is d^-0.5; `bias` is added to the logits, where the layer adds one.
+        Raises TypeError, ValueError where S is not prefix + H W or shapes differ otherwise.
         """
         H, W = core.pair("query_shape", query_shape)
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(f"prefix: expected a number of tokens, got {prefix!r}")
         S = prefix + H * W
-        sizes = core.bind(q=(q, f"M {S} d"), k=(k, f"M {S} d"), v=(v, f"M {S} c"), z=(z, f"M {S} c"))
+        shapes = dict(q=(q, f"M {S} d"), k=(k, f"M {S} d"), v=(v, f"M {S} c"), z=(z, f"M {S} c"))
+        sizes = core.bind(**shapes, **({} if bias is None else {"bias": (bias, f"M {S} {S}")}))
         self.q, self.z = q[:, prefix:], z[:, prefix:]
         self.k, self.v = k.roll(-prefix, dims=1), v.roll(-prefix, dims=1)  # prefix last
         self.query_shape, self.heads, self.prefix = (H, W), sizes["M"], prefix
         self.scale = core.scale_or_default(scale, sizes["d"])
+        self.bias = None if bias is None else bias[:, prefix:].roll(-prefix, dims=2)  # (M, H W, S)
+
+    def added(self, head: int, queries: slice) -> Float[Tensor, "n S"] | None:
+        """What is added to the logits of some queries."""
+        return None if self.bias is None else self.bias[head, queries]
+
+    def of_queries(self, head: int, queries: slice) -> Float[Tensor, "n S"]:
+        """The weights of some queries."""
+        bias = self.added(head, queries)
+        return core.attention_weights(self.q[head, queries], self.k[head], bias, self.scale)  # DAT-2
 
     def weights(self, head: int = 0) -> Float[Tensor, "L S"]:
         self.check_head(head)
-        return core.attention_weights(self.q[head], self.k[head], None, self.scale)  # DAT-2
+        return self.of_queries(head, slice(None))
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """All cells of the map, whatever their weight; what the prefix gets is missing from the sum of the weights."""
         self.check_head(head)
         query = self.query(row, col)
-        weight = core.attention_weights(self.q[head, query, None], self.k[head], None, self.scale)[0]
+        weight = self.of_queries(head, slice(query, query + 1))[0]
         weight = weight[: len(weight) - self.prefix]
         return tracing.Keys(self.cells().to(weight), weight)
-
-
-def token_grid(embed: nn.Module, image: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of the tokens that a patch embedding of timm's makes of an image of this size.
-
-    One that cannot tell is taken for square if the image is. Raises ValueError where this is not `tokens` in all.
-    """
-    if hasattr(embed, "dynamic_feat_size"):
-        H, W = embed.dynamic_feat_size(image)
-    else:
-        H = W = isqrt(tokens) if image[0] == image[1] else 0
-    if H * W != tokens:
-        raise ValueError(
-            f"model: cannot tell how {tokens} tokens lie on an image of {image[0]} x {image[1]} pixels; "
-            f"expected {type(embed).__name__}.dynamic_feat_size(image) to say it, as timm's PatchEmbed does"
-        )
-    return H, W
-
-
-@tracing.adapter("timm.models.vision_transformer.VisionTransformer")
-def record_timm_vit(model: nn.Module, keep) -> list:
-    """Record timm's ViT, DeiT and their like. Their attention sees a row of tokens only: the model tells how they lie.
-
-    Layers that are no plain `Attention`, as in parallel or differential blocks, are left out.
-    """
-    from timm.layers import Attention
-
-    seen = {}
-
-    def before_embedding(embed: nn.Module, inputs: tuple) -> None:
-        seen["image"] = tuple(inputs[0].shape[-2:])
-
-    def before_norm(norm: nn.Module, inputs: tuple) -> None:
-        seen["z"] = inputs[0]
-
-    def after_attention(attention: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
-        if not all(mask is None or mask is False for mask in (*inputs[1:], *named.values())):
-            raise ValueError("attn_mask: expected none while a trace is taken, got one: a record has no masks")
-        qkv = attention.qkv(inputs[0])
-        q, k, v = rearrange(qkv, "B N (three h d) -> three B h N d", three=3, h=attention.num_heads)
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        z = rearrange(seen["z"], "B N (h d) -> B h N d", h=attention.num_heads)
-        prefix = model.num_prefix_tokens
-        shape = token_grid(model.patch_embed, seen["image"], q.shape[2] - prefix)
-        keep(attention, DenseRecord(q[0], k[0], v[0], z[0], shape, prefix=prefix, scale=attention.scale))
-
-    handles = [model.patch_embed.register_forward_pre_hook(before_embedding)]
-    for attention in (module for module in model.blocks.modules() if type(module) is Attention):
-        handles.append(attention.norm.register_forward_pre_hook(before_norm))
-        handles.append(attention.register_forward_hook(after_attention, with_kwargs=True))
-    return handles

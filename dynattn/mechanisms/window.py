@@ -260,12 +260,15 @@ class WindowRecord(tracing.Record):
 
     kind = "window"
 
-    def __init__(self, q, k, v, z, bias, layout: Layout):
-        """q, k, v, z as they lie in windows (n, h, T, d); of a batch the first image is kept."""
+    def __init__(self, q, k, v, z, bias, layout: Layout, *, scale: float | None = None):
+        """q, k, v, z as they lie in windows (n, h, T, d), bias (n or 1, h or 1, T, T) or None, `scale` None is d^-0.5.
+
+        Of a batch the first image is kept.
+        """
         self.query_shape, self.window, self.shift, self.heads = layout.shape, layout.window, layout.roll, q.shape[1]
         windows = layout.padded[0] // layout.window[0] * (layout.padded[1] // layout.window[1])
         q, k, v, z = (t[:windows] for t in (q, k, v, z))
-        self.attention = core.attention_weights(q, k, bias, q.shape[-1] ** -0.5)
+        self.attention = core.attention_weights(q, k, bias, core.scale_or_default(scale, q.shape[-1]))
         allowed = torch.ones_like(self.attention[:1, :1], dtype=torch.bool) if bias is None else bias > -torch.inf
         self.may_read = allowed.expand_as(self.attention)
         joined = (layout.join(rearrange(t, "n h T d -> n T (h d)")) for t in (q, k, v, z))
@@ -292,48 +295,3 @@ class WindowRecord(tracing.Record):
         places, weight = self.places[window], self.attention[window, head, token]
         read = self.may_read[window, head, token] & (places > 0)
         return tracing.Keys(self.cells().to(weight)[places[read] - 1], weight[read])
-
-
-class TimmLayout(Layout):
-    """Windows as timm's Swin lays them: the map is rolled first and padded then."""
-
-    @property
-    def roll(self) -> tuple[int, int]:
-        return self.shift
-
-    def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
-        rolled = x.roll((-self.roll[0], -self.roll[1]), dims=(1, 2))
-        return core.partition_windows(core.pad_map(rolled, self.padding), self.window)
-
-    def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
-        padded = core.merge_windows(x, self.window, self.padded)
-        return padded[:, : self.shape[0], : self.shape[1]].roll(self.roll, dims=(1, 2))
-
-
-@tracing.adapter("timm.models.swin_transformer.SwinTransformerBlock")
-def record_timm_swin(block: nn.Module, keep) -> list:
-    """Record timm's Swin. Its attention sees windows only: the block tells where they lie, `proj` gets the heads."""
-    attention, seen = block.attn, {}
-
-    def before_block(block: nn.Module, inputs: tuple) -> None:
-        seen["layout"] = TimmLayout(tuple(inputs[0].shape[1:3]), tuple(block.window_size), tuple(block.shift_size))
-
-    def before_projection(projection: nn.Module, inputs: tuple) -> None:
-        seen["z"] = inputs[0]
-
-    def after_attention(attention: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
-        layout, h = seen["layout"], attention.num_heads
-        qkv = rearrange(attention.qkv(inputs[0]), "n T (three h d) -> three n h T d", three=3, h=h)
-        z = rearrange(seen["z"], "n T (h d) -> n h T d", h=h)
-        rows, cols = core.relative_index(layout.window)
-        table = rearrange(attention.relative_position_bias_table, "(I J) h -> h I J", I=2 * layout.window[0] - 1)
-        bias = table[None, :, rows, cols]
-        if named.get("mask") is not None:  # timm's -100 stands for "may not be read"
-            bias = bias.masked_fill(named["mask"][:, None] < 0, -torch.inf)
-        keep(attention, WindowRecord(*qkv, z, bias, layout))
-
-    return [
-        block.register_forward_pre_hook(before_block),
-        attention.proj.register_forward_pre_hook(before_projection),
-        attention.register_forward_hook(after_attention, with_kwargs=True),
-    ]

@@ -46,8 +46,9 @@ class Lens(anywidget.AnyWidget):
     `dynattn.trace` takes (traces do without). Each model runs once; a click asks its trace.
 
     Traits, in step with what is on the screen, to set or to `observe`:
-    row, col: the query, a pixel of the image that the first model saw. layer: a name for each model. head: a number or
-    "mean" for each model. One name or number stands for all models. fade: 0 shows the attention, 1 the rollout.
+    row, col: the query, a pixel of the image that the first model saw. layer: a name for each model, or a number from
+    0 (-1 is the last layer), which becomes the name. head: a number or "mean" for each model. One name or number stands
+    for all models. fade: 0 shows the attention, 1 the rollout.
 
     Raises ValueError or TypeError before any work for bad models or images; ValueError for a query, layer or head
     that is not there, where it is set.
@@ -103,11 +104,11 @@ class Lens(anywidget.AnyWidget):
 
     def _layers(self, value: Any) -> tuple[str, ...]:
         """A layer for each panel, all of them there."""
-        layers = self._for_each("layer", value)
-        for panel, layer in zip(self._panels, layers, strict=True):
-            if layer not in panel.layers:
-                raise ChoiceError(f"layer: {panel.name} has no {layer!r}; it has {', '.join(panel.layers)}")
-        return layers
+        choices = zip(self._panels, self._for_each("layer", value), strict=True)
+        try:
+            return tuple(panel.layer(choice) for panel, choice in choices)
+        except ValueError as error:
+            raise ChoiceError(str(error)) from None
 
     def _for_each(self, name: str, value: Any) -> tuple:
         """A choice for each panel; one is repeated."""
@@ -149,13 +150,21 @@ class Lens(anywidget.AnyWidget):
         """What the lens shows now, as a picture 12 inches wide."""
         return draw(self._view, dpi)
 
-    def save(self, path: str | PathLike, layers: str | Iterable[str] | None = None) -> Path:
+    def save(self, path: str | PathLike, layers: str | int | Iterable[str | int] | None = None) -> Path:
         """Write a page that answers clicks with no kernel and no network, opened as the lens is now.
 
-        layers: names or shell patterns such as "stages.2.*" of the layers to keep; None for all.
-        Returns the path. Raises ValueError when nothing fits `layers`, or when the page would be larger than 5 MB.
+        layers: names or shell patterns such as "stages.2.*" of the layers to keep, or their numbers; None for all.
+        Folders that are not there are made. Returns the path.
+        Raises ValueError when nothing fits `layers`, or when the page would be larger than 5 MB.
         """
         return write_page(path, self._view, layers)
+
+    def __reduce_ex__(self, protocol: int) -> str:
+        """Raise TypeError: a widget is half in the notebook's page, which no pickle holds."""
+        raise TypeError(
+            "a Lens cannot be pickled or copied: it is tied to the page that shows it; "
+            "pickle lens.traces and make Lens(traces) of them, or write a page with lens.save(path)"
+        )
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict, dict]:
         """The widget, and for places where no widget can be a picture and words."""

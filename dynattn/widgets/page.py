@@ -29,13 +29,15 @@ FOLDER = Path(__file__).parent
 LARGEST = 5_000_000  # bytes
 
 
-def save_page(models: Any, image: Any, path: str | PathLike, layers: str | Iterable[str] | None = None) -> Path:
+def save_page(
+    models: Any, image: Any, path: str | PathLike, layers: str | int | Iterable[str | int] | None = None
+) -> Path:
     """Write the page of `Lens(models, image).save(path, layers)`, without the widget: anywidget is not needed."""
     panels = make_panels(models, image)
     return write_page(path, View(panels, **first_view(panels)), layers)
 
 
-def write_page(path: str | PathLike, view: View, layers: str | Iterable[str] | None = None) -> Path:
+def write_page(path: str | PathLike, view: View, layers: str | int | Iterable[str | int] | None = None) -> Path:
     """Write the page that opens at `view`. See `Lens.save`."""
     path = Path(path)
     kept = [_kept(panel, layers) for panel in view.panels]
@@ -67,6 +69,7 @@ def write_page(path: str | PathLike, view: View, layers: str | Iterable[str] | N
             f"e.g. layers={view.panels[0].layers[-1]!r} or a pattern; the largest are "
             + ", ".join(text for _, text in sorted(blocks, reverse=True)[:3])
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page)
     return path
 
@@ -102,9 +105,11 @@ def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
     return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()
 
 
-def _kept(panel: Panel, layers: str | Iterable[str] | None) -> list[str]:
-    """The layers that fit any of the patterns, in order."""
-    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+def _kept(panel: Panel, layers: str | int | Iterable[str | int] | None) -> list[str]:
+    """The layers that fit any of the patterns or numbers, in order."""
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    asked = ["*"] if layers is None else list(layers) if several else [layers]
+    patterns = [one if isinstance(one, str) else panel.layer(one) for one in asked]
     kept = [name for name in panel.layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not kept:
         raise ValueError(f"layers: none of {panel.name} fits {layers!r}; it has {', '.join(panel.layers)}")

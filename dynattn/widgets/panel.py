@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynattn.data import read_image, to_input, to_rgb
-from dynattn.tracing import Record, Trace, spread, trace
+from dynattn.tracing import Record, Trace, roll_out, trace
 
 MEAN = "mean"  # the head that stands for the mean over all heads
 SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than what a small model sees
@@ -57,6 +57,19 @@ class Panel:
         """(H, W) of the image that the model saw."""
         return tuple(self.trace.image.shape[-2:])
 
+    def layer(self, choice: Any) -> str:
+        """The name of a layer that is given by its name or its number, from 0, or from -1 backwards.
+
+        Raises ValueError for one that is not there.
+        """
+        numbered = isinstance(choice, int | np.integer) and not isinstance(choice, bool)
+        if numbered and -len(self.layers) <= choice < len(self.layers):
+            return self.layers[choice]
+        if choice not in self.layers:
+            numbers = f"or the numbers 0 to {len(self.layers) - 1}"
+            raise ValueError(f"layer: {self.name} has no {choice!r}; it has {', '.join(self.layers)}, {numbers}")
+        return choice
+
     def record(self, layer: str) -> Record:
         """The record of a layer, as one that makes each effective matrix once.
 
@@ -83,20 +96,9 @@ class Panel:
 
         All rows of `Trace.rollout` at once, before they are spread over the pixels: what a click costs is a look-up.
         """
-        records = list(self.trace)[::-1]
-        shape, stride = records[0].query_shape, records[0].stride
-        heat = torch.eye(shape[0] * shape[1])
-        for record in records:
-            if record.query_shape != shape:
-                factor = (stride[0] / record.stride[0], stride[1] / record.stride[1])
-                maps = heat.unflatten(1, shape)
-                heat = torch.stack([spread(one, record.query_shape, factor) for one in maps]).flatten(1)
-                shape, stride = record.query_shape, record.stride
-            n = heat.shape[1]
-            mean = sum(record.effective_matrix(m)[:n, :n].float().cpu() for m in range(record.heads)) / record.heads
-            heat = 0.5 * heat + 0.5 * (heat @ mean)
-            heat = heat / heat.sum(dim=1, keepdim=True)
-        return heat.numpy()
+        records = list(self.trace)
+        H, W = records[-1].query_shape
+        return roll_out(torch.eye(H * W), records).numpy()
 
     def rollout(self, row: float, col: float) -> tuple[tuple[int, int], Float[np.ndarray, " S"]]:
         """The last layer's cell at pixel (row, col), and its row of `rollouts`."""
@@ -152,14 +154,16 @@ def make_panels(models: Any, image: Any = None) -> list[Panel]:
         raise TypeError(
             "image: expected a path, PIL image, uint8 array or tensor, got none; only traces have their own"
         )
-    picture = None if image is None else _picture(image)
-    panels = []
-    for name, model in named.items():
-        traced = model if isinstance(model, Trace) else trace(model, image)
+    if image is not None and not isinstance(image, Tensor):
+        image = read_image(image)  # once for all models: some files can be read only once
+    traces = {name: model if isinstance(model, Trace) else trace(model, image) for name, model in named.items()}
+    for name, traced in traces.items():
         if not traced.layers:
             raise ValueError(f"models: {name} has no attention layer that can be traced")
-        panels.append(Panel(name, traced, to_rgb(traced.image) if picture is None else picture))
-    return panels
+    picture = None if image is None else _picture(image)
+    return [
+        Panel(name, traced, to_rgb(traced.image) if picture is None else picture) for name, traced in traces.items()
+    ]
 
 
 def _named(models: Any) -> dict[str, nn.Module | Trace]:
@@ -186,9 +190,10 @@ def _named(models: Any) -> dict[str, nn.Module | Trace]:
 def _picture(image: Any) -> UInt8[np.ndarray, "h w 3"]:
     """The photograph as it is shown, at most `SHARP` pixels long."""
     if isinstance(image, Tensor):
-        shown = Image.fromarray(to_rgb(to_input(image)[0].float().cpu()))
+        seen = to_input(image)[0] if image.dtype == torch.uint8 else image[0] if image.ndim == 4 else image
+        shown = Image.fromarray(to_rgb(seen.float().cpu()))
     else:
-        shown = read_image(image).copy()
+        shown = image.copy()
     shown.thumbnail((SHARP, SHARP), Image.Resampling.LANCZOS)
     return np.array(shown)
 
