@@ -5,17 +5,15 @@ missing, unexpected or of another shape raises, in the published names, and the 
 """
 
 import os
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dynattn import core, weights
+from dynattn import checkpoint_files, core, weights
 from dynattn.mechanisms.deformable import DeformableAttention, resize_fixed
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.models.dat import DAT
@@ -136,9 +134,9 @@ IDENTIFIERS: list[tuple[str, Callable]] = [("patch_proj.0.weight", identify_dat)
 def read_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     """The published entries of a checkpoint: a path (.pth, .safetensors) or a dict, unwrapped, derived buffers removed.
 
-    Files are read without running any code in them (`weights_only=True`).
-    Raises FileNotFoundError; ValueError for a damaged file, one with code in it, or one without a state dict;
-    TypeError for something else.
+    No code in a file is run: what is no tensor, number, string or container is left out (`checkpoint_files`). Of a
+    model that was saved whole the state dict is taken.
+    Raises FileNotFoundError; ValueError for a damaged file, or one without a state dict; TypeError for something else.
     """
     if isinstance(source, str | os.PathLike):
         content = _read_file(Path(source))
@@ -147,18 +145,18 @@ def read_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     else:
         raise TypeError(f"path_or_state_dict: expected a path or a dict, got {type(source).__name__}")
     for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+        if isinstance(inner := _state_of(content.get(wrapper)), dict):
+            content = inner
             break
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(content.items())[:5])
+        found = ", ".join(f"{key}: {_kind(value)}" for key, value in list(content.items())[:5])
         raise ValueError(f"path_or_state_dict: expected tensors by name, bare or under {WRAPPERS}; got {{{found}}}")
     state = {}
     for key, value in content.items():
         for prefix in PREFIXES:
             key = key.removeprefix(prefix)
-        if not DERIVED.search(key):
-            state[key] = value
+        if not DERIVED.search(key):  # a copy of what lies in a file, which may change
+            state[key] = value if isinstance(source, dict) else value.clone()
     bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ValueError(f"path_or_state_dict: {len(bad)} entries hold NaN or infinity, first {bad[:10]}")
@@ -174,20 +172,25 @@ def _read_file(path: Path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _state_of(checkpoint_files.read(path))
     except Exception as error:  # every reader has errors of its own for a damaged file
-        refused = re.search(r"GLOBAL (\S+?\.\S*\w)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            raise ValueError(
-                f"path_or_state_dict: {path} holds an object, {refused[1]}, that only running code could restore, "
-                "which is never done here. If you trust the file, save its weights alone: "
-                "torch.save({'model': torch.load(path, weights_only=False)['model']}, 'weights.pth')"
-            ) from error
         reason = f"{type(error).__name__} {str(error).split('. ')[0]}".strip()
         raise ValueError(f"path_or_state_dict: {path} is not a checkpoint, or is damaged ({reason})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"path_or_state_dict: {path} holds a {type(content).__name__}, not a state dict")
+        raise ValueError(f"path_or_state_dict: {path} holds a {_kind(content)}, not a state dict")
     return content
+
+
+def _state_of(content: object) -> object:
+    """The state dict of a model that was saved whole; everything else as it is."""
+    if isinstance(content, checkpoint_files.Placeholder):
+        return content.weights() or content
+    return content
+
+
+def _kind(value: object) -> str:
+    """What a value is, for an error message."""
+    return value.name if isinstance(value, checkpoint_files.Placeholder) else type(value).__name__
 
 
 def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
@@ -204,9 +207,9 @@ def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
 def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict) -> nn.Module:
     """Load the published weights of one of the papers into our model of the same shape; returns the model.
 
-    path_or_state_dict: a file, read with `weights_only=True`, or a dict; the entries bare or under "model",
-    "state_dict", "state_dict_ema", with or without the prefixes "module." and "backbone.". Position tables of another
-    resolution are resized (bicubic); derived buffers (masks, indices, grids) are ignored.
+    path_or_state_dict: a file, of which no code is run, or a dict; the entries bare or under "model", "state_dict",
+    "state_dict_ema", with or without the prefixes "module." and "backbone.". Position tables of another resolution are
+    resized (bicubic); derived buffers (masks, indices, grids) are ignored.
     Raises ValueError, TypeError or FileNotFoundError, with what is missing, unexpected or of the wrong shape and the
     `create_model` call that would fit; the model is unchanged then.
     """

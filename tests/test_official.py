@@ -3,8 +3,6 @@
 import os
 import pickle
 import re
-import sys
-import types
 from pathlib import Path
 
 import deterministic
@@ -557,28 +555,9 @@ def test_code_in_a_file_is_not_run(how, tmp_path, untouched, tiny):
         path.write_bytes(pickle.dumps(Bomb(mark), protocol=2 if "2" in how else 4))
     message = refusal(untouched, path)
     assert not mark.exists()
-    if how != "pickle":  # torch reads no pickle of a later protocol than its own
-        assert f"holds an object, {os.mkdir.__module__}.mkdir, that only running code could restore" in message
+    assert ("209 missing" if how.startswith("torch") else "is not a checkpoint") in message
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists()  # the bomb is a real one
-
-
-def test_a_training_run_s_checkpoint_tells_how_to_save_its_weights(tmp_path, model, published, tiny, monkeypatch):
-    """The authors' training saves a yacs configuration beside the weights."""
-    module = types.ModuleType("yacs.config")
-    node = module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
-    with monkeypatch.context() as context:
-        context.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
-        context.setitem(sys.modules, "yacs.config", module)
-        torch.save({"model": tiny, "config": node(LR=1e-3)}, tmp_path / "run.pth")
-    message = refusal(model, tmp_path / "run.pth")
-    assert "yacs.config.CfgNode" in message
-    advice = re.search(r"torch\.save\(.*\)", message)[0]
-    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
-    monkeypatch.setitem(sys.modules, "yacs.config", module)
-    monkeypatch.chdir(tmp_path)
-    eval(advice, {"torch": torch, "path": "run.pth"})
-    assert equal(dynattn.load_official(model, "weights.pth"), published)
 
 
 # ---------------------------------------------------------------- model_from

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: each may import its own layer and those below.
 LAYERS = [
     ("kernels",),
-    ("core", "data", "weights"),
+    ("core", "data", "weights", "checkpoint_files"),
     ("tracing",),
     ("mechanisms",),
     ("ops", "models", "adapters"),
