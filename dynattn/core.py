@@ -119,6 +119,13 @@ def divisor(name: str, value: object, whole: int) -> int:
     return value
 
 
+def rate(name: str, value: object) -> float:
+    """`value`, if it is a share of what may be dropped, from 0 to below 1; else raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+    return value
+
+
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) from a whole number (a square) or a pair of them."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -311,9 +318,10 @@ def dense_attention_torch(
     v: Float[Tensor, "B h N d"],
     bias: Float[Tensor, "*broadcast L N"] | None,
     scale: float,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
-    """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights; `dropout` of them are dropped."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
 DENSE_ATTENTION = {"loops": dense_attention_loops, "torch": dense_attention_torch}

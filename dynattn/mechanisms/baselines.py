@@ -21,11 +21,13 @@ class SpatialReductionAttention(nn.Module):
 
     depthwise: CMT's lightweight attention (arXiv 2107.06263, section 3.3), whose convolution is depthwise and has no
     LayerNorm behind it. Its position bias is left out: a table of all queries by all keys fits one size of map only.
+    attn_drop: the share of the attention weights that training drops.
     """
 
-    def __init__(self, dim: int, heads: int, ratio: int, *, depthwise: bool = False):
+    def __init__(self, dim: int, heads: int, ratio: int, *, depthwise: bool = False, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.ratio = dim, core.divisor("heads", heads, dim), core.positive("ratio", ratio)
+        self.attn_drop = core.rate("attn_drop", attn_drop)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.reduce = nn.Conv2d(dim, dim, ratio, ratio, groups=dim if depthwise else 1)
         self.norm = nn.Identity() if depthwise else nn.LayerNorm(dim)
@@ -38,7 +40,10 @@ class SpatialReductionAttention(nn.Module):
         tokens = self.norm(rearrange(reduced, "B C HR WR -> B (HR WR) C"))
         q = core.split_heads(self.q(x), self.heads)  # DAT-1
         k, v = rearrange(self.kv(tokens), "B N (two h d) -> two B h N d", two=2, h=self.heads)
-        z = core.dense_attention(q, k, v)  # DAT-2
+        if self.training and self.attn_drop:
+            z = core.dense_attention_torch(q, k, v, None, q.shape[-1] ** -0.5, self.attn_drop)
+        else:
+            z = core.dense_attention(q, k, v)  # DAT-2
         if tracing.recording():
             tracing.keep(self, SpatialReductionRecord(q[0], k[0], v[0], z[0], shape, self.ratio))
         return self.proj(core.merge_heads(z, shape))  # DAT-3
@@ -91,6 +96,7 @@ def stripe_attention(
     v: Float[Tensor, "B H W C"],
     heads: int,
     stripe: tuple[int, int],
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B H W C"]:
     """Dense attention inside stripes of (rows, columns), cut from the top left; the last may be smaller."""
     shape = tuple(q.shape[1:3])
@@ -102,7 +108,7 @@ def stripe_attention(
         hidden = torch.zeros_like(added, dtype=q.dtype).masked_fill(added, -torch.inf)
         bias = repeat(hidden, "n T 1 -> n 1 l T", l=hidden.shape[1])
     q, k, v = (rearrange(cut(t), "n T (h d) -> n h T d", h=heads) for t in (q, k, v))
-    z = core.dense_attention_torch(q, k, v, bias, q.shape[-1] ** -0.5)
+    z = core.dense_attention_torch(q, k, v, bias, q.shape[-1] ** -0.5, dropout)
     padded = (shape[0] + padding[0], shape[1] + padding[1])
     return core.merge_windows(rearrange(z, "n h T d -> n T (h d)"), stripe, padded)[:, : shape[0], : shape[1]]
 
@@ -112,12 +118,14 @@ class CrossShapedWindowAttention(nn.Module):
 
     The first half of the heads reads horizontal stripes (sw, W), the second vertical ones (H, sw), and a depthwise
     3 x 3 convolution of the values is added to both (LePE). A map no larger than one stripe is read as a whole. Where
-    sw does not divide the side, the last stripe is narrower. Source: arXiv 2107.00652, section 3.2.
+    sw does not divide the side, the last stripe is narrower. attn_drop: the share of the attention weights that
+    training drops. Source: arXiv 2107.00652, section 3.2.
     """
 
-    def __init__(self, dim: int, heads: int, stripe: int):
+    def __init__(self, dim: int, heads: int, stripe: int, *, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.stripe = dim, core.divisor("heads", heads, dim), core.positive("stripe", stripe)
+        self.attn_drop = core.rate("attn_drop", attn_drop)
         if heads % 2:
             raise ValueError(f"heads: expected an even number, got {heads}")
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -128,7 +136,8 @@ class CrossShapedWindowAttention(nn.Module):
         H, W = x.shape[1:3]
         stripes = (min(self.stripe, H), W), (H, min(self.stripe, W))
         qkv = rearrange(self.qkv(x), "B H W (three half c) -> half three B H W c", three=3, half=2)  # DAT-1
-        halves = [stripe_attention(*qkv[i], self.heads // 2, stripes[i]) for i in range(2)]  # DAT-2
+        dropout = self.attn_drop if self.training else 0.0
+        halves = [stripe_attention(*qkv[i], self.heads // 2, stripes[i], dropout) for i in range(2)]  # DAT-2
         v = rearrange(qkv[:, 2], "half B H W c -> B (half c) H W")
         z = torch.cat(halves, dim=-1) + rearrange(self.lepe(v), "B C H W -> B H W C")
         if tracing.recording():

@@ -91,10 +91,11 @@ def deformable_attention_torch(
     query_shape: tuple[int, int],
     query_grid: str,
     scale: float,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
     """DAT-9 as dense attention to the sampled keys, with the bias read by grid_sample."""
     bias = None if table is None else relative_bias(points, table, query_shape, query_grid)
-    return core.dense_attention_torch(q, k, v, bias, scale)
+    return core.dense_attention_torch(q, k, v, bias, scale, dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,6 +192,7 @@ class DeformableAttention(nn.Module):
     offset_unit: "half_cell", 1 / H_G, or "cell", one step of the reference grid, as the text implies.
     offset_norm: LayerNorm in the offset network or not.
     For small nets that should place points well: offset_zero_init, and clamp, which keeps points on the map.
+    attn_drop: the share of the attention weights that training drops, always in the torch form.
     """
 
     def __init__(
@@ -210,6 +212,7 @@ class DeformableAttention(nn.Module):
         offset_norm: bool = True,
         offset_zero_init: bool = False,
         clamp: bool = False,
+        attn_drop: float = 0.0,
     ):
         super().__init__()
         core.divisor("heads", heads, dim)
@@ -226,6 +229,7 @@ class DeformableAttention(nn.Module):
         self.dim, self.map_size = dim, core.pair("map_size", map_size)
         self.offset_range, self.offsets, self.position_bias = offset_range, offsets, position_bias
         self.reference, self.offset_unit, self.clamp = reference, offset_unit, clamp
+        self.attn_drop = core.rate("attn_drop", attn_drop)
 
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.offset = OffsetNetwork(dim // groups, kernel, stride, norm=offset_norm, zero_init=offset_zero_init)
@@ -247,8 +251,11 @@ class DeformableAttention(nn.Module):
         heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads).to(points.dtype)  # noqa: E731
         k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
         q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
+        dropout, scale = self.attn_drop if self.training else 0.0, k.shape[-1] ** -0.5
         if self.position_bias == "fixed":
-            z = core.dense_attention_torch(q_heads, k, v, table, k.shape[-1] ** -0.5)
+            z = core.dense_attention_torch(q_heads, k, v, table, scale, dropout)
+        elif dropout:
+            z = deformable_attention_torch(q_heads, k, v, points, table, shape, self.reference, scale, dropout)
         else:
             z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference)  # DAT-9
         if self.position_bias == "dwconv":

@@ -11,6 +11,7 @@ There are no keys and no position bias; offsets count in cells of the map.
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -85,11 +86,13 @@ class DeformableDetrAttention(nn.Module):
     """Deformable-DETR's attention on one map: (B, H, W, C) to the same. `points` is K, for each query and head.
 
     At the start the points of head m stand on a ray of its own, k + 1 cells away, and all weights are equal.
+    attn_drop: the share of the weights that training drops.
     """
 
-    def __init__(self, dim: int, heads: int, points: int):
+    def __init__(self, dim: int, heads: int, points: int, *, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.points = dim, core.divisor("heads", heads, dim), core.positive("points", points)
+        self.attn_drop = core.rate("attn_drop", attn_drop)
         self.offset = nn.Linear(dim, heads * points * 2)
         self.attention = nn.Linear(dim, heads * points)
         self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -109,6 +112,7 @@ class DeformableDetrAttention(nn.Module):
         cell = x.new_tensor([2 / max(H - 1, 1), 2 / max(W - 1, 1)])
         points = core.grid_points(shape, "corner", x)[:, None] + offsets * cell  # p_q + Delta p_qk
         weights = rearrange(self.attention(x), "B H W (h K) -> B h (H W) K", h=self.heads).softmax(dim=-1)
+        weights = F.dropout(weights, self.attn_drop, self.training)
         v, weights = v.to(points.dtype), weights.to(points.dtype)  # autocast lowers linear maps, but no position
         z = detr_attention(v, points, weights)  # DAT-11
         if tracing.recording():

@@ -20,12 +20,14 @@ class DenseAttention(nn.Module):
     """Multi-head attention of every token to every token: (B, H, W, C) to the same, for any H and W.
 
     cosine: logits are cosines of queries and keys, times a factor that each head learns, as its logarithm: 10 at the
-    start, at most 100 (Swin Transformer V2, arXiv 2111.09883, section 3.3). Source: DGT section 3.3, stage 4 (GSA).
+    start, at most 100 (Swin Transformer V2, arXiv 2111.09883, section 3.3). attn_drop: the share of the attention
+    weights that training drops. Source: DGT section 3.3, stage 4 (GSA).
     """
 
-    def __init__(self, dim: int, heads: int, *, cosine: bool = False):
+    def __init__(self, dim: int, heads: int, *, cosine: bool = False, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads = dim, core.divisor("heads", heads, dim)
+        self.attn_drop = core.rate("attn_drop", attn_drop)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), log(10))) if cosine else None
 
@@ -36,7 +38,10 @@ class DenseAttention(nn.Module):
         if self.temperature is not None:
             q = F.normalize(q, dim=-1) * self.temperature.clamp(max=log(100)).exp()
             q, k, scale = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), 1.0  # under autocast, v has less precision
-        z = core.dense_attention(q, k, v, scale=scale)  # DAT-2
+        if self.training and self.attn_drop:
+            z = core.dense_attention_torch(q, k, v, None, core.scale_or_default(scale, q.shape[-1]), self.attn_drop)
+        else:
+            z = core.dense_attention(q, k, v, scale=scale)  # DAT-2
         if tracing.recording():
             tracing.keep(self, DenseRecord(q[0], k[0], v[0], z[0], shape, scale=scale))
         return self.proj(core.merge_heads(z, shape))  # DAT-3

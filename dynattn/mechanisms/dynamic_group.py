@@ -112,6 +112,7 @@ def grouped_attention_torch(
     groups: Int[Tensor, "B h L"],
     selected: Int[Tensor, "B h G n"],
     scale: float,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
     """DGT-2 in tiles: queries sorted by group, each group cut into tiles of 32, each tile with its group's keys."""
     (B, h, L, d), S, G = q.shape, k.shape[2], selected.shape[2]
@@ -128,7 +129,7 @@ def grouped_attention_torch(
     keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
     k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
     tiled = rearrange(tiled, "(t T) d -> t 1 T d", T=TILE)
-    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale).reshape(-1, d)  # DGT-2
+    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale, dropout).reshape(-1, d)  # DGT-2
     return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z[place]).reshape(q.shape)
 
 
@@ -227,7 +228,8 @@ class DynamicGroupAttention(nn.Module):
     dim, heads: C and H.  groups: G.  keys: k, may be changed at any time; min(k, L) are read.  cosine: normalised
     queries and keys with a learned temperature for each head (DGT-S and B).  position_encoding: a conditional one (CPE,
     a depthwise 3 x 3) in front, for the places of other blocks (Table 5).  as_printed: numbers of the equations 4, 12,
-    13 and 17 that shall be taken as the paper prints them; see the ledger in notebook 04_dgt.
+    13 and 17 that shall be taken as the paper prints them; see the ledger in notebook 04_dgt.  attn_drop: the share of
+    the attention weights that training drops, always in the torch form.
 
     Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to
     their groups' sums; `update_centroids`, once an optimiser step, moves them (DGT-3, DGT-4) and starts the sums anew.
@@ -245,11 +247,12 @@ class DynamicGroupAttention(nn.Module):
         cosine: bool = False,
         position_encoding: bool = False,
         as_printed: int | Collection[int] = (),
+        attn_drop: float = 0.0,
     ):
         super().__init__()
         d = dim // core.divisor("heads", heads, dim)
-        self.dim, self.heads, self.groups, self.keys = dim, heads, core.positive("groups", groups), keys
-        core.positive("keys", keys)
+        self.dim, self.heads, self.attn_drop = dim, heads, core.rate("attn_drop", attn_drop)
+        self.groups, self.keys = core.positive("groups", groups), core.positive("keys", keys)
         self.as_printed = frozenset([as_printed] if isinstance(as_printed, int) else as_printed)
         if not self.as_printed <= {4, 12, 13, 17}:
             raise ValueError(f"as_printed: expected some of 4, 12, 13, 17, got {as_printed!r}")
@@ -275,6 +278,8 @@ class DynamicGroupAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # cosines are float32 under autocast
         if self.as_printed - {4}:
             z = as_printed_attention(q, k, v, groups, selected, scale, self.as_printed)
+        elif self.training and self.attn_drop:
+            z = grouped_attention_torch(q, k, v, groups, selected, scale, self.attn_drop)
         else:
             z = core.implementation("grouped_attention", "auto", FORMS, q, kernel.pays)(
                 q, k, v, groups, selected, scale

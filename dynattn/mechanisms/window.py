@@ -144,12 +144,13 @@ class Layout:
         v: Float[Tensor, "n h T d"],
         table: Float[Tensor, "h I J"] | None,
         scale: float,
+        dropout: float = 0.0,
     ) -> Float[Tensor, "n h T d"]:
         """DAT-2 inside every window."""
         bias = self.bias(table, q)
         if bias is not None and len(bias) > 1:
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-        return core.dense_attention_torch(q, k, v, bias, scale)  # DAT-2
+        return core.dense_attention_torch(q, k, v, bias, scale, dropout)  # DAT-2
 
 
 def window_attention_torch(
@@ -224,13 +225,14 @@ def window_attention(
 class WindowAttention(nn.Module):
     """Multi-head attention in windows with relative position bias: (B, H, W, C) to the same, for any H and W.
 
-    `window` is the side of a window in cells, `shift` how far a shifted layer moves them. Source: DAT section 3.3.
+    `window` is the side of a window in cells, `shift` how far a shifted layer moves them. attn_drop: the share of the
+    attention weights that training drops. Source: DAT section 3.3.
     """
 
-    def __init__(self, dim: int, heads: int, window: int, shift: int = 0):
+    def __init__(self, dim: int, heads: int, window: int, shift: int = 0, *, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.window = dim, core.divisor("heads", heads, dim), core.positive("window", window)
-        self.shift = check_shift(shift, (window, window))[0]
+        self.shift, self.attn_drop = check_shift(shift, (window, window))[0], core.rate("attn_drop", attn_drop)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.table = nn.Parameter(torch.empty(heads, 2 * window - 1, 2 * window - 1))
@@ -241,7 +243,7 @@ class WindowAttention(nn.Module):
         # A linear map may be applied before or after the tokens are moved; cutting first moves a third of the numbers.
         layout = Layout(tuple(x.shape[1:3]), (self.window, self.window), (self.shift, self.shift))
         qkv = rearrange(self.qkv(layout.cut(x)), "n T (three h d) -> three n h T d", three=3, h=self.heads)  # DAT-1
-        z = layout.attend(*qkv, self.table, qkv.shape[-1] ** -0.5)
+        z = layout.attend(*qkv, self.table, qkv.shape[-1] ** -0.5, self.attn_drop if self.training else 0.0)
         if tracing.recording():
             tracing.keep(self, WindowRecord(*qkv, z, layout.bias(self.table, qkv), layout))
         return layout.join(self.proj(rearrange(z, "n h T d -> n T (h d)")))  # DAT-3
