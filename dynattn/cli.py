@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-from . import __version__
+from . import __version__, plugins
 
 PAPERS = ("dat", "dgt")
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        plugins.load()
         return run(**options) or 0
     except KeyboardInterrupt:
         print("\ndynattn: interrupted", file=sys.stderr)

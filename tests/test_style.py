@@ -18,11 +18,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: each may import its own layer and those below.
 LAYERS = [
     ("kernels",),
-    ("core", "data", "weights", "checkpoint_files"),
+    ("core", "data", "weights", "checkpoint_files", "plugins"),
     ("tracing",),
     ("mechanisms",),
     ("ops", "models", "adapters"),
-    ("verify", "official", "training", "cost", "dense", "figures", "widgets", "bench"),
+    ("verify", "official", "training", "cost", "dense", "figures", "widgets", "bench", "lessons"),
     ("cli", "__main__"),
 ]
 TAG = re.compile(r"\b(?:DAT|DGT)-\d+\b")

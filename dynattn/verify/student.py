@@ -32,7 +32,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor, contiguous_format, float32, float64, set_num_threads
 
-from dynattn import core
+from dynattn import core, plugins
 from dynattn.verify.cases import Case, case
 from dynattn.verify.checking import check_answers
 from dynattn.verify.comparing import TOLERANCE, Answer, Stopped, answer_to, not_taken
@@ -316,6 +316,7 @@ def serve(connection: str, file: str, memory: str, cpu: str) -> None:
     """Load a file and answer requests until nobody asks any more; the arguments are those of the command line."""
     line, path = socket.socket(fileno=int(connection)), Path(file)
     set_num_threads(1)
+    plugins.load()
     limit(int(memory), int(cpu))
     send(line, {"ready": True})
     functions: dict[str, Callable] = {}
