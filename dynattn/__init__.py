@@ -12,6 +12,7 @@ _FROM = {
     "create_model": "dynattn.models",
     "list_models": "dynattn.models",
     "load_official": "dynattn.official",
+    "register_model": "dynattn.models",
     "trace": "dynattn.tracing",
 }
 _MODULES = (
@@ -33,6 +34,7 @@ __all__ = ["__version__", *_FROM, *_MODULES]
 if TYPE_CHECKING:
     from dynattn.models import create_model as create_model
     from dynattn.models import list_models as list_models
+    from dynattn.models import register_model as register_model
     from dynattn.official import load_official as load_official
     from dynattn.tracing import trace as trace
 

@@ -35,12 +35,11 @@ from dynattn.models.layers import (
     ConvStem,
     PatchEmbedding,
     Stage,
-    check_classes,
-    check_rate,
     check_stages,
     drop_path_rates,
     initialise,
 )
+from dynattn.models.registry import register_model
 
 VARIANTS = {
     "official": dict(reference="centre", offset_unit="half_cell", offset_norm=True, kernels=(9, 7, 5, 3), shift="up"),
@@ -61,7 +60,9 @@ class DAT(Backbone):
     strides: r by stage (Table 8 has 2 in stage 3).  offset_range: s, one number or one a stage.  offsets,
     position_bias: Table 6.  detr_points: K by stage for "deformable_detr" (Table 8).
     conv_embedding: overlapping 7 x 7 stem and 3 x 3 down-sampling (DAT-T*, Table 9).
-    drop_rate: dropout before the classifier.  drop_path_rate: stochastic depth of the last block.
+    global_pool: "avg", "max", or "" where num_classes is 0.  drop_rate: dropout before the classifier.  attn_drop_rate,
+    proj_drop_rate: of attention weights, and of what the layers of a block put out.  drop_path_rate: stochastic depth
+    of the last block.
     variant, reference, offset_unit, offset_norm, kernels, shift: see the head of this file.
     For small nets that train on little data: conv_stem, local_convs (`ConvStem`, `LocalConv`), and offset_zero_init,
     clamp (`DeformableAttention`).
@@ -91,7 +92,10 @@ class DAT(Backbone):
         conv_embedding: bool = False,
         conv_stem: bool = False,
         local_convs: bool = False,
+        global_pool: str = "avg",
         drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         variant: str = "official",
         reference: str | None = None,
@@ -102,12 +106,12 @@ class DAT(Backbone):
         offset_zero_init: bool = False,
         clamp: bool = False,
     ):
-        super().__init__()
+        super().__init__(img_size, in_chans, num_classes, dims=dims, depths=depths, global_pool=global_pool)
         core.one_of("variant", variant, tuple(VARIANTS))
         core.one_of("early", early, ("shifted", "sra"))
-        core.positive("in_chans", in_chans)
-        check_classes(num_classes)
-        check_rate("drop_rate", drop_rate)
+        core.rate("drop_rate", drop_rate)
+        core.rate("attn_drop_rate", attn_drop_rate)
+        core.rate("proj_drop_rate", proj_drop_rate)
         if not isinstance(deformable_stages, Sequence):
             raise TypeError(f"deformable_stages: expected numbers of stages, got {deformable_stages!r}")
         given = dict(
@@ -117,7 +121,7 @@ class DAT(Backbone):
         core.one_of("shift", reading["shift"], ("up", "down"))
         core.one_of("reference", reading["reference"], ("centre", "corner"))
         core.one_of("offset_unit", reading["offset_unit"], ("half_cell", "cell"))
-        count = check_stages(depths, dims=dims, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"])
+        count = check_stages(depths, heads=heads, groups=groups, strides=strides, kernels=reading["kernels"])
         ranges = [offset_range] * count if isinstance(offset_range, int | float) else offset_range
         check_stages(depths, offset_range=ranges)
         if blocks is None:
@@ -127,26 +131,22 @@ class DAT(Backbone):
         for kind in (kind for kinds in blocks for kind in kinds):
             core.one_of("blocks", kind, ATTENTIONS)
 
-        self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
         self.variant = variant
-        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
         shift_cells = (window + 1) // 2 if reading["shift"] == "up" else window // 2
 
         def attention(i: int, kind: str) -> nn.Module:
             """The attention layer of stage i."""
-            map_size = tuple(-(-side // (4 * 2**i)) for side in self.img_size)
+            size = dict(dim=dims[i], heads=heads[i], attn_drop=attn_drop_rate)
             if kind in ("window", "shifted"):
-                return WindowAttention(dims[i], heads[i], window, shift_cells if kind == "shifted" else 0)
+                return WindowAttention(**size, window=window, shift=shift_cells if kind == "shifted" else 0)
             if kind == "sra":
-                return SpatialReductionAttention(dims[i], heads[i], sra_ratios[i])
+                return SpatialReductionAttention(**size, ratio=sra_ratios[i])
             if kind == "deformable_detr":
-                return DeformableDetrAttention(dims[i], heads[i], detr_points[i])
+                return DeformableDetrAttention(**size, points=detr_points[i])
             return DeformableAttention(
-                dims[i],
-                heads[i],
-                groups[i],
-                map_size,
+                **size,
+                groups=groups[i],
+                map_size=self.map_size(i),
                 stride=strides[i],
                 kernel=reading["kernels"][i],
                 offset_range=ranges[i],
@@ -174,18 +174,38 @@ class DAT(Backbone):
         for i in range(count):
             kinds = [blocks[i][d % len(blocks[i])] for d in range(depths[i])]
             layers = [
-                Block(dims[i], attention(i, kind), drop_path=rate, local_conv=local_convs)
+                Block(dims[i], attention(i, kind), drop_path=rate, proj_drop=proj_drop_rate, local_conv=local_convs)
                 for kind, rate in zip(kinds, rates[i], strict=True)
             ]
             self.stages.append(Stage(embedding(i - 1) if i else nn.Identity(), layers))
         self.norm = nn.LayerNorm(dims[-1])
-        self.drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.add_head(drop_rate)
         self.head.apply(initialise)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone: the bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("table")}
+    def map_size(self, i: int) -> tuple[int, int]:
+        """The map of stage i for an image of `img_size`."""
+        return tuple(-(-side // (4 * 2**i)) for side in self.img_size)
+
+    @classmethod
+    def configuration(cls, conv_stem: bool, **options) -> dict:
+        """As of every backbone, with the first convolution of its stem."""
+        return super().configuration(**options) | dict(first_conv="embed.convs.0.0" if conv_stem else "embed.proj")
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of this size (H, W): the bias tables are resized (bicubic)."""
+        super().set_input_size(img_size)
+        for i, stage in enumerate(self.stages):
+            for block in stage.blocks:
+                if isinstance(block.attn, DeformableAttention):
+                    set_map_size(block.attn, self.map_size(i))
+
+
+def set_map_size(attn: DeformableAttention, map_size: tuple[int, int]) -> None:
+    """Give a layer the bias table that it would resize its own to for such a map."""
+    if "table" in attn._parameters:
+        table = attn.table_for(map_size, attn.table.dtype).detach()
+        attn.table = nn.Parameter(table, requires_grad=attn.table.requires_grad)
+    attn.map_size = map_size
 
 
 def _default_blocks(stage: int, deformable_stages: Sequence[int], early: str) -> tuple[str, ...]:
@@ -225,3 +245,10 @@ MINI = dict(
     offset_zero_init=True,
     clamp=True,
 )
+
+register_model("dat_tiny", DAT, **TINY)
+register_model("dat_small", DAT, **SMALL)
+register_model("dat_base", DAT, **BASE)
+register_model("dat_base_384", DAT, **BASE_384)
+register_model("dat_tiny_conv", DAT, **TINY_CONV)
+register_model("dat_mini", DAT, **MINI)

@@ -35,12 +35,12 @@ from dynattn.models.layers import (
     Block,
     PatchEmbedding,
     Stage,
-    check_classes,
-    check_rate,
+    check_dtype,
     check_stages,
     drop_path_rates,
     initialise,
 )
+from dynattn.models.registry import register_model
 
 BLOCKS = ("dgt", "swin", "cswin", "cmt")
 STRIPES = (1, 2, 7, 7)  # of CSWin's blocks, by stage
@@ -61,6 +61,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        check_dtype(x, self.convs[0][0].weight)
         return rearrange(self.convs(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
 
 
@@ -95,25 +96,34 @@ class IRFFN(nn.Module):
 class DGTBlock(nn.Module):
     """CPE, attention, IRFFN, around any attention that maps (B, H, W, C) to itself (figure 2b).
 
-    Stochastic depth drops attention and IRFFN with probability `drop_path`, never the CPE. `post_norm` norms what comes
-    out of these two instead of what goes in.
+    Stochastic depth drops attention and IRFFN with probability `drop_path`, never the CPE; `proj_drop` is the dropout
+    of what these two put out. `post_norm` norms what comes out of them instead of what goes in.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, post_norm: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+        post_norm: bool = False,
+    ):
         super().__init__()
         self.cpe = ConditionalPosition(dim)
         self.norm1, self.attn = nn.LayerNorm(dim), attn
         self.norm2, self.ffn = nn.LayerNorm(dim), IRFFN(dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
         self.post_norm = post_norm
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         x = x + self.cpe(x)  # DGT-8
         if self.post_norm:
-            x = x + self.drop_path(self.norm1(self.attn(x)))
-            return x + self.drop_path(self.norm2(self.ffn(x)))
-        x = x + self.drop_path(self.attn(self.norm1(x)))  # DGT-9
-        return x + self.drop_path(self.ffn(self.norm2(x)))  # DGT-10
+            x = x + self.drop_path(self.norm1(self.proj_drop(self.attn(x))))
+            return x + self.drop_path(self.norm2(self.proj_drop(self.ffn(x))))
+        x = x + self.drop_path(self.proj_drop(self.attn(self.norm1(x))))  # DGT-9
+        return x + self.drop_path(self.proj_drop(self.ffn(self.norm2(x))))  # DGT-10
 
 
 class GroupedModel(nn.Module):
@@ -148,8 +158,10 @@ class DGT(GroupedModel, Backbone):
     map, in a block that is DGT's otherwise. The paper does not say more: the last stage stays as it is, and each has
     its own paper's sizes for that stage.
     post_norm, cosine: of DGT-S and DGT-B.  variant: "paper", no code was published.  as_printed: which of
-    the equations 4, 12, 13 and 17 to take with their misprints.  head_dim: channels before the classifier.  drop_rate:
-    dropout before it.  drop_path_rate: stochastic depth of the last block.
+    the equations 4, 12, 13 and 17 to take with their misprints.  head_dim: channels before the classifier.
+    global_pool: "avg", "max", or "" where num_classes is 0.  drop_rate: dropout before the classifier.  attn_drop_rate,
+    proj_drop_rate: of attention weights, and of what the two branches of a block put out.  drop_path_rate: stochastic
+    depth of the last block.
     Raises ValueError, TypeError for arguments that do not fit together. Source: DGT section 3.3, Table 1.
     """
 
@@ -171,41 +183,45 @@ class DGT(GroupedModel, Backbone):
         variant: str = "paper",
         as_printed: int | Collection[int] = (),
         head_dim: int = 1280,
+        global_pool: str = "avg",
         drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
     ):
-        super().__init__()
+        super().__init__(img_size, in_chans, num_classes, dims=dims, depths=depths, global_pool=global_pool)
         core.one_of("variant", variant, ("paper",))
-        core.positive("in_chans", in_chans)
         core.positive("head_dim", head_dim)
         core.one_of("block", block, BLOCKS)
         if as_printed and block != "dgt":
             raise ValueError(f"as_printed: expected none where block={block!r} groups nothing, got {as_printed}")
-        check_classes(num_classes)
-        check_rate("drop_rate", drop_rate)
-        count = check_stages(depths, dims=dims, heads=heads)
+        core.rate("drop_rate", drop_rate)
+        core.rate("attn_drop_rate", attn_drop_rate)
+        core.rate("proj_drop_rate", proj_drop_rate)
+        if as_printed and attn_drop_rate:
+            raise ValueError(f"attn_drop_rate: expected 0 where equations are taken as printed, got {attn_drop_rate}")
+        count = check_stages(depths, heads=heads)
         groups, keys = each_stage("groups", groups, count - 1), each_stage("keys", keys, count - 1)
-
-        self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
-        self.num_features, self.head_hidden_size = dims[-1], head_dim
-        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
+        self.head_hidden_size = head_dim
 
         def layer(i: int, d: int, rate: float) -> nn.Module:
             """Block d of stage i."""
+            size = dict(dim=dims[i], heads=heads[i], attn_drop=attn_drop_rate)
+            drop = dict(drop_path=rate, proj_drop=proj_drop_rate)
             if i == count - 1:
-                attn = DenseAttention(dims[i], heads[i], cosine=cosine)
+                attn = DenseAttention(**size, cosine=cosine)
             elif block == "swin":
                 shift = window // 2 if d % 2 else 0
-                return Block(dims[i], WindowAttention(dims[i], heads[i], window, shift), drop_path=rate)
+                return Block(dims[i], WindowAttention(**size, window=window, shift=shift), **drop)
             elif block == "cswin":
-                return Block(dims[i], CrossShapedWindowAttention(dims[i], heads[i], STRIPES[min(i, 3)]), drop_path=rate)
+                return Block(dims[i], CrossShapedWindowAttention(**size, stripe=STRIPES[min(i, 3)]), **drop)
             elif block == "cmt":
-                attn = SpatialReductionAttention(dims[i], heads[i], REDUCTIONS[min(i, 3)], depthwise=True)
+                attn = SpatialReductionAttention(**size, ratio=REDUCTIONS[min(i, 3)], depthwise=True)
             else:
                 attn = DynamicGroupAttention(
-                    dims[i], heads[i], groups[i], keys[i], cosine=cosine, as_printed=as_printed
+                    **size, groups=groups[i], keys=keys[i], cosine=cosine, as_printed=as_printed
                 )
-            return DGTBlock(dims[i], attn, drop_path=rate, post_norm=post_norm)
+            return DGTBlock(dims[i], attn, **drop, post_norm=post_norm)
 
         stem_dim = dims[0] // 2
         rates = drop_path_rates(drop_path_rate, tuple(depths))
@@ -216,14 +232,19 @@ class DGT(GroupedModel, Backbone):
             self.stages.append(Stage(merge, [layer(i, d, rate) for d, rate in enumerate(rates[i])]))
         self.norm = nn.Identity()  # a LayerNorm here would miss the parameters of DGT-S
         self.widen = nn.Sequential(nn.Conv2d(dims[-1], head_dim, 1), nn.BatchNorm2d(head_dim), nn.SiLU())
-        self.drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(head_dim, num_classes) if num_classes else nn.Identity()
+        self.add_head(drop_rate)
         self.apply(initialise)
 
-    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B out"]:
-        """1280 channels, global average, dropout, then the classifier (`pre_logits`: without it)."""
-        pooled = self.drop(self.widen(x).mean(dim=(2, 3)))
-        return pooled if pre_logits else self.head(pooled)
+    @classmethod
+    def configuration(cls, **options) -> dict:
+        """As of every backbone, with the first convolution of its stem."""
+        return super().configuration(**options) | dict(first_conv="embed.convs.0.0")
+
+    def forward_head(
+        self, x: Float[Tensor, "B c h w"], pre_logits: bool = False
+    ) -> Float[Tensor, "B out"] | Float[Tensor, "B out h w"]:
+        """1280 channels, then as every backbone: global pooling, dropout, the classifier."""
+        return super().forward_head(self.widen(x), pre_logits)
 
     def prune_intermediate_layers(
         self,
@@ -232,14 +253,11 @@ class DGT(GroupedModel, Backbone):
         prune_head: bool = True,
     ) -> list[int]:
         """Remove the stages after the last of `indices`, and the head if wanted; returns the stages as numbers."""
+        before = len(self.stages)
         chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_head:
-            self.widen, self.head_hidden_size = nn.Identity(), self.feature_info[max(chosen)]["num_chs"]
+        if prune_head or len(self.stages) < before:
+            self.widen = nn.Identity()
         return chosen
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone: the bias tables of Swin's blocks, temperatures."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("table", "temperature"))}
 
 
 def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
@@ -266,3 +284,8 @@ MINI = dict(
     head_dim=256,
     drop_path_rate=0.05,
 )
+
+register_model("dgt_tiny", DGT, **TINY)
+register_model("dgt_small", DGT, **SMALL)
+register_model("dgt_base", DGT, **BASE)
+register_model("dgt_mini", DGT, **MINI)

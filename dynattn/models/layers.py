@@ -10,6 +10,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._input import update_model_input_size  # private, but what timm's own models call
 from torch import Tensor, nn
 
 from dynattn import core
@@ -30,6 +32,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        check_dtype(x, self.proj.weight)
         if not self.overlaps:
             x = core.pad_map(x, core.padding_to(tuple(x.shape[1:3]), (self.stride, self.stride)))
         x = self.proj(rearrange(x, "B H W C -> B C H W"))
@@ -55,6 +58,7 @@ class ConvStem(nn.Module):
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        check_dtype(x, self.convs[0][0].weight)
         x = self.convs(rearrange(x, "B H W C -> B C H W"))
         return self.norm(rearrange(x, "B C H W -> B H W C"))
 
@@ -75,36 +79,39 @@ class LocalConv(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block (DAT-4, DAT-5) around any attention that maps (B, H, W, C) to itself.
 
-    Stochastic depth drops either branch with probability `drop_path`; `ratio` widens the feed-forward network;
-    `local_conv` puts a `LocalConv` in front.
+    Stochastic depth drops either branch with probability `drop_path`; `proj_drop` is the dropout of what attention and
+    the layers of the feed-forward network put out; `ratio` widens that network; `local_conv` puts a `LocalConv` in
+    front.
     """
 
     def __init__(
-        self, dim: int, attn: nn.Module, *, drop_path: float = 0.0, ratio: float = 4.0, local_conv: bool = False
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+        ratio: float = 4.0,
+        local_conv: bool = False,
     ):
         super().__init__()
         self.local = LocalConv(dim) if local_conv else nn.Identity()
         self.norm1, self.attn = nn.LayerNorm(dim), attn
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * ratio), drop=proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         x = self.local(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))  # DAT-4
+        x = x + self.drop_path(self.proj_drop(self.attn(self.norm1(x))))  # DAT-4
         return x + self.drop_path(self.mlp(self.norm2(x)))  # DAT-5
 
 
 def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Stochastic depth that grows linearly over all blocks from 0 to `rate`, by stage and block."""
-    check_rate("drop_path_rate", rate)
+    core.rate("drop_path_rate", rate)
     rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())  # also where the model is made on "meta"
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def check_rate(name: str, rate: object) -> None:
-    """Raise ValueError unless it is a share of what may be dropped, from 0 to below 1."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"{name}: expected a number from 0 to below 1, got {rate!r}")
 
 
 def check_stages(depths: object, **by_stage: object) -> int:
@@ -126,6 +133,25 @@ def check_classes(num_classes: object) -> None:
         core.positive("num_classes", num_classes)
 
 
+def check_pool(global_pool: object, num_classes: int) -> None:
+    """Raise ValueError unless a map can be pooled so, and a classifier, if there is one, gets a vector."""
+    core.one_of("global_pool", global_pool, ("avg", "max", ""))
+    if num_classes and not global_pool:
+        raise ValueError(
+            f"global_pool: expected 'avg' or 'max' in front of a classifier, got ''; give num_classes=0 with it, "
+            f"not {num_classes}"
+        )
+
+
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError unless x has the dtype of the first weight that it meets, which is what the model computes in.
+
+    Only there is it known: sharded models (FSDP) keep their parameters in another one and convert them on the way.
+    """
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected {weight.dtype}, as the model's parameters are, got {x.dtype}")
+
+
 def initialise(module: nn.Module) -> None:
     """Truncated normal weights of std 0.02 and zero biases for Linear layers, as ViT, DeiT and Swin start."""
     if isinstance(module, nn.Linear):
@@ -142,6 +168,64 @@ class Backbone(nn.Module):
 
     feature_info: list[dict]
 
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        in_chans: int,
+        num_classes: int,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        global_pool: str,
+    ):
+        """What the constructors of all models check and keep; the modules are theirs, `add_head` makes the last ones.
+
+        dims, depths: channels and number of blocks by stage; the strides are 4, 8, 16 and so on. global_pool: "avg" or
+        "max" of the last map, or "" for the map itself, where num_classes is 0.
+        """
+        super().__init__()
+        core.positive("in_chans", in_chans)
+        check_classes(num_classes)
+        check_pool(global_pool, num_classes)
+        count = check_stages(depths, dims=dims)
+        self.img_size, self.in_chans, self.num_classes = core.pair("img_size", img_size), in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[count - 1]
+        self.global_pool = global_pool
+        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
+
+    def add_head(self, drop_rate: float) -> None:
+        """Dropout and a classifier for `head_hidden_size` channels."""
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes else nn.Identity()
+
+    @classmethod
+    def configuration(cls, img_size: int | tuple[int, int], depths: Sequence[int], **options) -> dict:
+        """What timm wants to know of a model before it is made: the last map, the first convolution, the classifier."""
+        pool_size = tuple(-(-side // (4 * 2 ** (len(depths) - 1))) for side in core.pair("img_size", img_size))
+        return dict(pool_size=pool_size, first_conv="embed.proj", classifier="head")
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of this size (H, W): what depends on it is resized, as a checkpoint would be.
+
+        Any size is accepted at run time without it; `trace` and timm's data pipeline bring images to this one.
+        """
+        self.img_size = core.pair("img_size", img_size)
+        update_model_input_size(self, self.img_size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps the input of each block only, and computes it again in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters are one layer for layer-wise learning rates: the stem, every block (or stage), the head."""
+        blocks = [(r"^stages\.(\d+)\.down", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^embed", blocks=r"^stages\.(\d+)" if coarse else blocks)  # 99999: with the block before
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone: position tables, temperatures."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("table", "temperature"))}
+
     def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B h w c"]]:
         """The output of every stage, channels-last, highest resolution first."""
         self.check_input(x)
@@ -152,25 +236,31 @@ class Backbone(nn.Module):
         return maps
 
     def check_input(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError unless x is a (B, in_chans, H, W) of some size, in the model's dtype.
+        """Raise TypeError or ValueError unless x is a floating (B, in_chans, H, W) of some size.
 
-        NaN is let through: to look for it costs a pass over the image.
+        The stem checks that it is of the dtype that the model computes in. NaN is let through: to look for it costs a
+        pass over the image.
         """
         core.bind(x=(x, f"B {self.in_chans} H W"))
-        dtype = next(self.embed.parameters()).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: expected {dtype}, as the model's parameters are, got {x.dtype}")
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
         """The last stage's map, normalised."""
         return rearrange(self.norm(self.stage_maps(x)[-1]), "B h w c -> B c h w")
 
-    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B out"]:
-        """Global average, dropout, then the classifier (`pre_logits`: without it)."""
-        pooled = self.drop(x.mean(dim=(2, 3)))
+    def forward_head(
+        self, x: Float[Tensor, "B c h w"], pre_logits: bool = False
+    ) -> Float[Tensor, "B out"] | Float[Tensor, "B out h w"]:
+        """Global pooling, dropout, then the classifier (`pre_logits`: without it); the map where nothing is pooled."""
+        pooled = self.drop(self.pool(x))
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+    def pool(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B c"] | Float[Tensor, "B c h w"]:
+        """The map's average or maximum, or the map, as `global_pool` says."""
+        if self.global_pool == "avg":
+            return x.mean(dim=(2, 3))
+        return x.amax(dim=(2, 3)) if self.global_pool == "max" else x
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"] | Float[Tensor, "B c h w"]:
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -220,12 +310,18 @@ class Backbone(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the stages after the last of `indices`, and norm and head if wanted; returns the stages as numbers."""
+        """Remove the stages after the last of `indices`, and norm and head if wanted; returns the stages as numbers.
+
+        Where stages go, norm and head go with them: both are made for the last map. `forward` pools what is left.
+        """
         chosen = self.chosen_stages(indices)
-        self.stages = self.stages[: max(chosen) + 1]
-        if prune_norm:
+        last = max(chosen)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             self.reset_classifier(0)
         return chosen
 
@@ -234,21 +330,29 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for `num_classes`; 0 removes it. Only global average pooling ("avg") is supported."""
-        core.one_of("global_pool", global_pool, (None, "avg"))
+        """A new last layer for `num_classes`, on the same device and of the same dtype; 0 removes it.
+
+        global_pool: None to pool as before, "avg", "max", or, where num_classes is 0, "" for the map itself.
+        """
         check_classes(num_classes)
-        self.num_classes = num_classes
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool(global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
         reference = next(self.parameters())
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.head.apply(initialise).to(reference.device, reference.dtype)
 
 
 class Stage(nn.Module):
-    """Down-sampling (or nothing, in the first stage), then blocks."""
+    """Down-sampling (or nothing, in the first stage), then blocks, which `grad_checkpointing` computes twice."""
 
     def __init__(self, down: nn.Module, blocks: list[nn.Module]):
         super().__init__()
         self.down, self.blocks = down, nn.Sequential(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w c"]:
-        return self.blocks(self.down(x))
+        x = self.down(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)

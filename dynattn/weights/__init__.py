@@ -13,11 +13,29 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 ENTRY = "dynattn"
+_ADDED: list[Path] = []
+
+
+def add_folder(path: str | Path) -> None:
+    """Look for NAME.safetensors of registered models in this folder too, after the package's own and those before it.
+
+    Raises: NotADirectoryError where there is no such folder.
+    """
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"path: no folder {folder}")
+    if folder not in _ADDED:
+        _ADDED.append(folder)
+
+
+def _files() -> dict[str, Path]:
+    """Every checkpoint by its name; of two of one name, that of the folder which came first."""
+    return {file.stem: file for folder in reversed([FOLDER, *_ADDED]) for file in folder.glob("*.safetensors")}
 
 
 def available() -> list[str]:
-    """Names of the models whose checkpoint ships with the package, sorted."""
-    return sorted(file.stem for file in FOLDER.glob("*.safetensors"))
+    """Names of the models whose checkpoint ships with the package, or lies in a folder that was added, sorted."""
+    return sorted(_files())
 
 
 def path(name: str) -> Path:
@@ -25,10 +43,30 @@ def path(name: str) -> Path:
 
     Raises: ValueError where none ships under that name.
     """
-    if name not in available():
-        shipped = ", ".join(available()) or "none"
+    files = _files()
+    if name not in files:
+        shipped = ", ".join(sorted(files)) or "none"
         raise ValueError(f"name: expected a model with a shipped checkpoint ({shipped}), got {name!r}")
-    return FOLDER / f"{name}.safetensors"
+    return files[name]
+
+
+def metadata(file: str | Path) -> dict[str, Any]:
+    """What a checkpoint that `write` made says of itself; empty for any other file.
+
+    Raises: FileNotFoundError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"file: no checkpoint at {file}")
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as content:
+            return json.loads((content.metadata() or {}).get(ENTRY, "{}"))
+    except SafetensorError:  # damaged: who reads the tensors says so
+        return {}
 
 
 def read(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
