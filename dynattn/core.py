@@ -19,6 +19,7 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
 from operator import index
@@ -94,6 +95,15 @@ def require(held: Tensor | bool, message: str) -> None:
         torch._assert_async(held, message)
     elif not held:
         raise ValueError(message)
+
+
+def remind(count: int, limit: int, message: str) -> int:
+    """One more than `count`; a warning where that is `limit`. Compiled graphs do not count: it would be a constant."""
+    if torch.compiler.is_compiling():
+        return count
+    if count + 1 == limit:
+        warnings.warn(message, stacklevel=3)
+    return count + 1
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:

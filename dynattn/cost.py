@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dynattn import core, tracing
-from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
 from dynattn.models.registry import create_model
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -40,9 +39,10 @@ class Cost:
 def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     """The cost of one image of `size` (a side, or rows and columns), by running the model once in eval mode.
 
-    Dynamic group attention is counted by DGT-6, the keys that its queries read: the dense form under a mask, which
-    stands in for it where there is no kernel, would count them all. Raises TypeError, ValueError for a size that is
-    none.
+    A module that has a method `multiply_adds(shape)` is not run: it answers with its own count for an input of that
+    shape, as what reads a few keys of many does, since some of its forms compute more than they use. Its output has the
+    shape of its input, and its linear maps and convolutions run once at every position.
+    Raises TypeError, ValueError for a size that is none.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +58,7 @@ def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     with tracing.evaluating(model), torch.no_grad(), _noting(model) as noted, counting as counter:
         model(image)
     counts = counter.get_flop_counts().get("Global", {})
-    everything = sum(counts.values()) / 2 + noted.grouped
+    everything = sum(counts.values()) / 2 + noted.answered
     macs = everything - sum(counts.get(operation, 0) for operation in extra) / 2
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
@@ -70,33 +70,32 @@ def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
 
 @dataclass
 class Noted:
-    """What torch's counter does not see: multiply-adds of dynamic group attention, biases that were added."""
+    """What torch's counter does not see: multiply-adds that modules answer themselves, biases that were added."""
 
-    grouped: int = 0
+    answered: int = 0
     biases: int = 0
 
 
 @contextmanager
 def _noting(model: nn.Module) -> Iterator[Noted]:
-    """Fill in a `Noted` while the model runs; layers that group hand their input on instead of grouping it."""
+    """Fill in a `Noted` while the model runs; modules that answer themselves hand their input on."""
     noted, linear = Noted(), nn.Linear | nn.Conv2d
 
     def after(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         noted.biases += output.numel() if layer.bias is not None else 0
 
-    def stand_in(layer: DynamicGroupAttention) -> Callable[[Tensor], Tensor]:
-        parts = [part for part in layer.modules() if isinstance(part, linear)]  # each runs once at every position
+    def stand_in(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        biases = [part.bias for part in layer.modules() if isinstance(part, linear) and part.bias is not None]
 
         def forward(x: Tensor) -> Tensor:
-            L = x.shape[1] * x.shape[2]
-            noted.grouped += grouping(L, layer.dim, layer.groups, layer.keys) + L * sum(p.weight.numel() for p in parts)
-            noted.biases += L * sum(p.bias.numel() for p in parts if p.bias is not None)
+            noted.answered += layer.multiply_adds(tuple(x.shape))
+            noted.biases += prod(x.shape[:-1]) * sum(bias.numel() for bias in biases)
             return x
 
         return forward
 
     handles = [module.register_forward_hook(after) for module in model.modules() if isinstance(module, linear)]
-    layers = [module for module in model.modules() if isinstance(module, DynamicGroupAttention)]
+    layers = [module for module in model.modules() if hasattr(module, "multiply_adds")]
     for layer in layers:
         layer.forward = stand_in(layer)
     try:
@@ -106,12 +105,6 @@ def _noting(model: nn.Module) -> Iterator[Noted]:
             handle.remove()
         for layer in layers:
             del layer.forward
-
-
-def grouping(tokens: int, channels: int, groups: int, keys: int) -> int:
-    """Multiply-adds of DGT-6: attention to k keys, grouping and selection. Comparisons, k G log L, are none."""
-    L, C, G, k = tokens, channels, groups, min(keys, tokens)
-    return 2 * k * L * C + 2 * L * G * C  # DGT-6, all but the last term
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ class DeformableAttention(nn.Module):
 
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.offset = OffsetNetwork(dim // groups, kernel, stride, norm=offset_norm, zero_init=offset_zero_init)
+        self.offset.requires_grad_(offsets)  # DistributedDataParallel waits for the gradient of all that want one
         if position_bias == "dwconv":
             self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         elif position_bias is not None:

@@ -261,8 +261,7 @@ class DynamicGroupAttention(nn.Module):
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if cosine else None
         self.register_buffer("centroids", F.normalize(torch.randn(heads, groups, d), dim=-1))
         # Of the queries since the last update. No buffers: those DistributedDataParallel would replace by rank 0's.
-        self.sums: Tensor | None = None
-        self.counts: Tensor | None = None
+        self.sums, self.counts, self.waiting = None, None, 0
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))
@@ -307,18 +306,19 @@ class DynamicGroupAttention(nn.Module):
     def start_sums(self) -> None:
         """Zero sums, in float32 or better, unless there are some."""
         if self.sums is None:
-            precise = torch.promote_types(self.centroids.dtype, torch.float32)
-            self.sums = torch.zeros_like(self.centroids, dtype=precise)
+            self.sums = torch.zeros_like(self.centroids, dtype=torch.promote_types(self.centroids.dtype, torch.float32))
             self.counts = self.sums.new_zeros(self.sums.shape[:2])
 
     def collect(self, q: Float[Tensor, "B h L d"], groups: Int[Tensor, "B h L"]) -> None:
         """Add normalised queries to the sums of their groups, and their number."""
         self.start_sums()
-        heads = torch.arange(self.heads, device=q.device)[:, None] * self.groups
-        index = (groups + heads).flatten()
+        index = (groups + torch.arange(self.heads, device=q.device)[:, None] * self.groups).flatten()
         units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])  # DGT-3: Norm(x)
         self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
+        advice = "call model.update_centroids(lr) after each step of the optimiser: help(dynattn.models.dgt.DGT)"
+        message = f"dynamic groups: 50 forward passes in training, and the centroids were not moved; {advice}"
+        self.waiting = core.remind(self.waiting, 50, message)
 
     @torch.no_grad()
     def update_centroids(self, lr: float = 1e-3) -> None:
@@ -342,7 +342,13 @@ class DynamicGroupAttention(nn.Module):
         moved = F.normalize(old * self.centroids + new * mean, dim=-1)  # DGT-4
         sound = (self.counts > 0) & mean.isfinite().all(dim=-1)  # one batch with a NaN must not stay for ever
         self.centroids.copy_(torch.where(sound[..., None], moved, self.centroids))
-        self.sums = self.counts = None
+        self.sums, self.counts, self.waiting = None, None, 0
+
+    def multiply_adds(self, shape: tuple[int, int, int, int]) -> int:
+        """Of an input (B, H, W, C): DGT-6 but for its comparisons, and the linear maps and convolution around it."""
+        B, L, C, k = shape[0], shape[1] * shape[2], shape[3], min(self.keys, shape[1] * shape[2])
+        parts = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+        return B * L * (2 * k * C + 2 * self.groups * C + parts)  # DGT-6
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"
@@ -369,10 +375,9 @@ class DynamicGroupRecord(tracing.Record):
     kind = "dynamic_group"
 
     def __init__(self, q, k, v, z, groups, selected, scale, query_shape, as_printed):
-        self.query_shape, self.heads = query_shape, q.shape[1]
+        self.query_shape, self.heads, self.scale, self.as_printed = query_shape, q.shape[1], scale, as_printed
         self.q, self.k, self.v, self.z = q[0], k[0], v[0], z[0]
         self.groups, self.selected = groups[0], selected[0]
-        self.scale, self.as_printed = scale, as_printed
 
     def weights(self, head: int = 0) -> Float[Tensor, "L n"]:
         """Attention of every query to the keys of its group, in the order of `selected`."""

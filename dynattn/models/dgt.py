@@ -24,6 +24,8 @@ from einops import rearrange
 from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dynattn import core
 from dynattn.mechanisms.baselines import CrossShapedWindowAttention, SpatialReductionAttention
@@ -127,7 +129,13 @@ class DGTBlock(nn.Module):
 
 
 class GroupedModel(nn.Module):
-    """What a model with dynamic group attention offers besides: its layers, their centroids, their number of keys."""
+    """What a model with dynamic group attention offers besides: its layers, their centroids, their number of keys.
+
+    The centroids have no gradient: an optimiser does not move them. In a loop of your own, write one of these lines:
+
+        model.update_centroids_with(optimizer)   # once, before the loop
+        model.update_centroids(lr)               # after every optimizer.step()
+    """
 
     def grouped_layers(self) -> list[DynamicGroupAttention]:
         """The layers that group, in order."""
@@ -137,6 +145,30 @@ class GroupedModel(nn.Module):
         """Move every layer's centroids to the queries seen since the last call: after each step of an optimiser."""
         for layer in self.grouped_layers():
             layer.update_centroids(lr)
+
+    def update_centroids_with(self, optimizer: Optimizer, pace: float = 1.0) -> RemovableHandle:
+        """Move the centroids after every step that an optimiser takes, by its largest learning rate times `pace`.
+
+        Call it once. It works in every loop that calls optimizer.step(): timm's script, accelerate, Lightning, with
+        gradient accumulation, with a gradient scaler (a step that it skips moves nothing). If something wraps the
+        model, as DistributedDataParallel does, call it on the model inside, in every process.
+        Returns a handle; its `remove()` ends it. Raises TypeError for an optimiser that wraps another one and runs no
+        hooks of its own (accelerate's, timm's Lookahead), ValueError for a pace that is not positive.
+        """
+        if not getattr(getattr(type(optimizer), "step", None), "hooked", False):  # so torch marks those that run hooks
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer: expected one of torch.optim.Optimizer, got {kind}; if it wraps one, give that")
+        if not pace > 0:
+            raise ValueError(f"pace: expected a positive number, got {pace}")
+
+        def move(optimizer: Optimizer, *_) -> None:
+            self.update_centroids(pace * max(float(group["lr"]) for group in optimizer.param_groups))
+
+        return optimizer.register_step_post_hook(move)
+
+    def after_step(self, lr: float) -> None:
+        """What `dynattn.training` calls after every step of its optimiser."""
+        self.update_centroids(lr)
 
     def set_keys(self, keys: int) -> None:
         """Let every group read k keys, or all where a map has fewer; no parameter depends on it.
@@ -153,6 +185,7 @@ class DGT(GroupedModel, Backbone):
 
     img_size: what images are brought to; no parameter depends on it.  dims, depths, heads: by stage.  groups, keys: G
     and k, one number or one for every stage that groups, all but the last (Table 4b).
+    The centroids have no gradient: see `update_centroids_with` for a training loop of your own.
     block: "dgt", or what stands in its place in the stages that group (Table 4c): "swin", attention in windows of side
     `window`, shifted in turn, and an MLP; "cswin", in cross-shaped windows, and an MLP; "cmt", of keys from a reduced
     map, in a block that is DGT's otherwise. The paper does not say more: the last stage stays as it is, and each has

@@ -174,8 +174,8 @@ def take_step(
     norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if move := getattr(accelerator.unwrap_model(model), "update_centroids", None):
-        move(recipe.centroid_pace * learning_rate(recipe, step))
+    if after_step := getattr(accelerator.unwrap_model(model), "after_step", None):
+        after_step(recipe.centroid_pace * learning_rate(recipe, step))
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean(), norm])
 
 
