@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import dynattn
 from dynattn import tracing
+from dynattn.adapters.timm import with_mask
 from dynattn.data import MEAN, STD, to_input, to_rgb
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.tracing import Record, Trace, trace
@@ -146,15 +147,12 @@ def test_windows_that_read_padding_say_so(name, options, shape):
 
 
 def test_a_mask_of_swin_v2_that_is_not_enough():
-    """Cosines times 100 can outweigh timm's -100: then a key that is masked is read, and the record has it."""
-    model = small("swinv2_tiny_window8_256", **SWIN, img_size=32)
-    attention = model.layers[0].blocks[1].attn
-    with torch.no_grad():
-        attention.logit_scale.fill_(10.0)
-    record = trace(model, normal(3, 32, 32))["layers.0.blocks.1.attn"]
-    inside = record.weights(0)[0].reshape(8, 8)[:2, :2].sum()
-    assert record.exact and max(record.rest(head) for head in range(2)) < 1e-12
-    assert inside < 1 - 1e-6 or (record.weights(0) > 0).sum(1).max() > 4
+    """Cosines times 100 can outweigh timm's -100: then a key that is masked is read, and stays in the record."""
+    k = torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(1, 1, 2, 1)
+    bias, mask = torch.zeros(1, 2, 2), torch.tensor([[[0.0, -100.0], [-100.0, 0.0]]])
+    assert torch.equal(with_mask(100 * torch.ones_like(k), k, bias, mask, 1.0), mask[:, None])
+    assert torch.equal(with_mask(10 * torch.ones_like(k), k, bias, mask, 1.0)[0, 0] == -torch.inf, mask[0] < 0)
+    assert torch.equal(with_mask(k, k, bias, None, 1.0), bias[None])
 
 
 def test_cells_are_where_the_patches_are():
@@ -226,7 +224,7 @@ class Mine(nn.Module):
 
 
 def test_what_looks_like_attention():
-    """A class's name or a child says it. Inside a recorded layer and around it nothing is missed, or did not run."""
+    """A class's name or a child says it. Nothing is missed in or around a recorded layer, nor what never ran."""
 
     class WindowAttentionWithAttnInside(WindowAttention):
         def __init__(self):
@@ -533,6 +531,7 @@ def test_a_tensor_in_zero_to_one_is_warned_about():
             warnings.simplefilter("error")
             ask(to_input(tensor))
             ask(tensor / 255 - 0.01)
+            ask(torch.zeros(3, 8, 8))
             ask(tensor / 255 * 1.01 + 0.01)
             ask(tensor)
 
