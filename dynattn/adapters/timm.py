@@ -77,7 +77,7 @@ def beit_bias(attention: nn.Module, q: Tensor, k: Tensor, given: dict) -> tuple:
     if attention.relative_position_bias_table is not None:
         biases.append(attention._get_rel_pos_bias())
     biases = [bias for bias in biases if bias is not None]
-    return q, k, sum(biases)[0] if biases else None
+    return q, k, sum(biases).reshape(-1, q.shape[2], q.shape[2]) if biases else None  # with a batch of 1, or without
 
 
 def relative_bias(attention: nn.Module, q: Tensor, k: Tensor, given: dict) -> tuple:

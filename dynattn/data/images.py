@@ -146,14 +146,14 @@ def to_input(
     taken for the channels, as torch has them. `size`: None keeps the picture's own; an integer resizes to that square,
     a pair to (H, W), bicubic with antialiasing; nothing is cut off. `channels`: what the model sees, C; pictures can be
     made into 3 or 1 (grey, normalised by the averages of `mean` and `std`), tensors must have them.
-    Warns where a floating tensor lies in [0, 1]: such a one is not normalised.
+    Warns where a floating tensor lies in [0, 1]: such a one is not normalised. (A constant one says nothing.)
     Raises as `read_image` does; ValueError for tensors of another shape, with NaN or infinite values, and for pictures
     where a model sees neither 1 nor 3 channels.
     """
     height_width = _checked_size(size)
     if isinstance(source, Tensor) and source.dtype != torch.uint8:
         x = _checked_tensor(source, channels)
-        if x.min() >= 0 and x.max() <= 1:
+        if 0 <= x.min() < x.max() <= 1:
             warnings.warn(
                 f"image: all values lie in [0, 1] (from {x.min():.3g} to {x.max():.3g}), but a floating tensor is "
                 "taken as normalised, with mean 0; a picture as ToTensor makes it must be normalised first: "
