@@ -1,7 +1,8 @@
 """The papers' figures, drawn from trained models, each with its conditions and with what chance would give.
 
 `draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
-models and pictures; `measures.py`; `drawing.py`, captions; `style.py`, looks; `gallery.py`, the folder they go into.
+models and pictures; `measures.py`; `drawing.py`, captions; `style.py`, looks; `gallery.py`, the folder they go into;
+`noise.py`, what counts as a change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,8 @@ def draw(
     name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default `figures`, or
     NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random networks.
     An entry is what conditions.json has of a figure: file, caption, weights, images, versions, measures, nulls.
-    Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay.
+    Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay, and so
+    does what differs by no more than another machine's rounding.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
     """
     core.one_of("paper", paper, tuple(FIGURES))

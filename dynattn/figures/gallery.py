@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from dynattn import __version__
 from dynattn.weights import replace
 
+from .noise import alike, alike_pictures, rounded
+
 if TYPE_CHECKING:
     from .drawing import Drawing, Paper, Plan
     from .subjects import Setting
@@ -20,8 +22,8 @@ CONDITIONS, README = "conditions.json", "README.md"
 
 
 def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
-    """All that there is to know about a figure, or about a table that is drawn."""
-    return {
+    """All that there is to know about a figure, or about a table that is drawn; numbers with four digits."""
+    everything = {
         "paper": paper,
         "paper_name": setting.paper.name,
         "figure": number,
@@ -37,18 +39,32 @@ def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setti
         "versions": {"python": platform.python_version(), "dynattn": __version__}
         | {name: version(name) for name in ("torch", "timm", "numpy", "matplotlib")},
     }
+    return rounded(everything)
 
 
 def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
-    """Put a figure into the folder, and its entry among those of the other figures there. Files are replaced whole."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
-    replace(out / new["file"], picture.getvalue())
+    """Put a figure into the folder, and its entry among those of the other figures there. Files are replaced whole.
+
+    Where the folder has the same figure but for noise, picture and entry stay as they are.
+    """
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
     key = lambda one: (one["paper"], isinstance(one["figure"], str), one["figure"])  # noqa: E731  (tables come last)
-    kept = [one for one in read(out) if key(one) != key(new) and (out / one["file"]).is_file()]
-    entries = sorted([*kept, new], key=key)
+    there = {key(one): one for one in read(out) if (out / one["file"]).is_file()}
+    if not unchanged(out, there.get(key(new)), new, stream.getvalue()):
+        replace(out / new["file"], stream.getvalue())
+        there[key(new)] = new
+    entries = [there[one] for one in sorted(there)]
     replace(out / CONDITIONS, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
     replace(out / README, readme(entries).encode())
+
+
+def unchanged(out: Path, old: dict[str, Any] | None, new: dict[str, Any], picture: bytes) -> bool:
+    """Whether the folder has this figure already, whichever versions drew it there."""
+    if old is None:
+        return False
+    of_versions = {"versions": new["versions"]}
+    return alike(old | of_versions, new) and alike_pictures((out / new["file"]).read_bytes(), picture)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
