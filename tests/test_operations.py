@@ -264,6 +264,11 @@ READS = {"sample_points", "deformable_attention", "detr_attention"}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds it to the nearest: kernels need 3.3 times.
 CUTS = {"triton"} if frame.INTERPRETED else set()
 
+SLOW = {impl: pytest.mark.slow for impl in CUTS}  # 32 draws in the interpreter take their time
+IN_DTYPES = [
+    pytest.param(*form, dtype, marks=SLOW.get(form[1], ())) for form in FORMS for dtype in (torch.float32, *LOW)
+]
+
 
 def budget(operation: str, impl: str, dtype: torch.dtype) -> float:
     """How many times the reference's error a form may have; twice that where it is not the form that rounds."""
@@ -290,8 +295,7 @@ def test_the_eager_form_is_no_other_operation(operation):
         verify.compare(operation, EAGER[operation], *call.arguments.values(), **call.options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-@pytest.mark.parametrize("operation, impl", FORMS)
+@pytest.mark.parametrize("operation, impl, dtype", IN_DTYPES)
 def test_error_budgets(operation, impl, dtype):
     """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2: at most twice the error of the eager form in float32."""
     eager = EAGER[operation]
