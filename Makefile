@@ -8,10 +8,10 @@ figures: $(ENVIRONMENT)  ## draw the figures into figures/ and print what they m
 	.venv/bin/dynattn figures --paper dat
 	.venv/bin/dynattn figures --paper dgt
 
-test: $(ENVIRONMENT)  ## tests and notebooks
+test: $(ENVIRONMENT)  ## the tests of every day: five minutes on two cores
 	.venv/bin/pytest -n 2
 
-test-all: $(ENVIRONMENT)  ## also the slow tests
+test-all: $(ENVIRONMENT)  ## also the slow tests, the notebooks and the browser
 	.venv/bin/pytest -n 2 -m ""
 
 lab: $(ENVIRONMENT)  ## JupyterLab on the tour

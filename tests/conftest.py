@@ -33,6 +33,14 @@ def pytest_report_header() -> str:
     return f"GPU for Triton's kernels: {gpu}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks beside the tests are slow, and so is a browser; alone (`pytest notebooks`) they run."""
+    for item in items:
+        if item.path.suffix == ".ipynb" or item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def reproducible() -> None:
     """One thread, so that tests side by side do not fight for cores and sums have one order; one seed."""

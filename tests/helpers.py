@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,25 +32,43 @@ def layouts(tensor: Tensor) -> list[Tensor]:
     return [transposed, strided]
 
 
-def errors_and_budget(
-    function: Callable, loops: Callable, arguments: list, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Errors of `function` in `dtype`, and of the loops in the same `dtype`, which are what rounding must cost.
+DRAWS = 32  # of which the median is taken: one draw may be lucky or unlucky
 
-    Of the output and of every gradient: the largest error against the loops in float64 on the same rounded numbers,
-    relative to the largest entry. The budget is at least half a unit in the last place.
+
+def in_dtype(values: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """The same values, floating tensors rounded to a dtype."""
+    floating = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
+    return {name: value.to(dtype) if floating(value) else value for name, value in values.items()}
+
+
+def in_float32(form: Callable) -> Callable:
+    """A form that computes in float32 and rounds once, at its end: the least that a lower precision must cost."""
+
+    def run(*arguments, **options) -> Tensor:
+        values = in_dtype(dict(enumerate(arguments)), torch.float32)
+        return form(*values.values(), **in_dtype(options, torch.float32)).to(arguments[0].dtype)
+
+    return run
+
+
+def median_errors(
+    forms: Mapping[str, Callable], exact: Callable, draw: Callable[[int], verify.Case], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """How far each form is off in `dtype`, of the output and of every gradient: the median over `DRAWS` calls.
+
+    Each call is judged against `exact` in float64 on the same rounded numbers: the largest error, relative to the
+    largest entry. draw(number) is a call.
     """
-    rounded = [a.to(dtype) if isinstance(a, Tensor) else a for a in arguments]
-    exact = [a.to(DOUBLE) if isinstance(a, Tensor) else a for a in rounded]
-    named = lambda values: {str(i): value for i, value in enumerate(values)}  # noqa: E731
-    want = verify.answer(loops, named(exact), {})
-
-    def errors(form: Callable) -> Tensor:
-        got = verify.answer(form, named(rounded), {})
-        scale = {key: float(value.abs().max()) or 1.0 for key, value in want.items()}
-        return torch.tensor([float((got[key].double() - want[key]).abs().max()) / scale[key] for key in want])
-
-    return errors(function), errors(loops).clamp(min=torch.finfo(dtype).eps / 2)
+    errors = {name: [] for name in forms}
+    for number in range(DRAWS):
+        call = draw(number)
+        arguments, options = in_dtype(call.arguments, dtype), in_dtype(call.options, dtype)
+        want = verify.answer(exact, in_dtype(arguments, DOUBLE), in_dtype(options, DOUBLE))
+        for name, form in forms.items():
+            got = verify.answer(form, arguments, options)
+            off = {key: float((got[key].double() - want[key]).abs().max()) for key in want}
+            errors[name].append([off[key] / (float(want[key].abs().max()) or 1.0) for key in want])
+    return {name: torch.tensor(found).median(dim=0).values for name, found in errors.items()}
 
 
 NOBODY = """

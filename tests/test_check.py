@@ -153,6 +153,7 @@ def test_one_operation_alone(tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
+@pytest.mark.slow
 def test_time_memory_and_ends(tmp_path):
     """An endless loop, too much memory, a crash, an exit that nothing catches: each is named, and the next goes on."""
     text = """
@@ -185,6 +186,7 @@ def test_time_memory_and_ends(tmp_path):
             assert told[name].startswith(f"{name}: needed more than 512 MiB of memory\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, told",
     [
@@ -200,6 +202,7 @@ def test_a_file_that_does_not_load(tmp_path, text, told):
     assert str(verdict).startswith(f"answers.py: {told}")
 
 
+@pytest.mark.slow
 def test_what_the_file_starts_is_ended(tmp_path):
     """Children that would sleep on, and their children."""
     text = f"""
@@ -232,6 +235,7 @@ def is_running(process: int) -> bool:
 # -------------------------------------------------------------------------------------------------------------- tricks
 
 
+@pytest.mark.slow
 def test_the_judge_is_out_of_reach(tmp_path):
     """Replacing the oracle in its own process, or breaking into the conversation, gets nobody through."""
     text = """

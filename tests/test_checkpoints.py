@@ -51,6 +51,7 @@ def test_minis_are_small(name):
     assert sum(p.numel() for p in create_model(name).parameters()) <= 1_900_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEDS)
 def test_attention_finds_the_object(name, held_out):
     """Of every seed: accuracy, attention-weighted share of the best layer, and points own / mismatched.
@@ -66,6 +67,7 @@ def test_attention_finds_the_object(name, held_out):
     assert max(layer["points_ratio"] for layer in found["layers"].values()) >= 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_find_the_object(name, held_out):
     """Of every seed: mutual information of groups and object, of the head that other images chose, and of stage 1.
@@ -93,6 +95,7 @@ def test_clutter_hides_the_object(held_out):
     assert found["layers"][layer]["nmi"][head] <= 0.35  # on the easy level the same network has more than .5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, floor", [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8), ("dgt_mini", 0.8)])
 def test_accuracy_on_held_out_photographs(name, floor, held_out):
     """What the file says of itself is what the model does."""

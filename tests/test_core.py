@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DOUBLE, errors_and_budget, layouts, normal, somewhere
+from helpers import DOUBLE, normal, somewhere
 
 from dynattn import core, ops, verify
-from dynattn.core import dense_attention_torch, sample_points_torch
+from dynattn.core import sample_points_torch
 
 # ---------------------------------------------------------------------------------------------------------- coordinates
 
@@ -67,23 +67,6 @@ def test_reading_by_hand():
         assert ops.sample_points(x, points, impl=impl).flatten().tolist() == pytest.approx(expected)
 
 
-SAMPLES = [(2, 3, 5, 4, 7), (1, 1, 1, 1, 1), (1, 2, 7, 3, 5), (1, 1, 2, 11, 3), (2, 1, 1, 5, 4), (1, 2, 2, 2, 9)]
-
-
-@pytest.mark.parametrize("B, C, H, W, N", SAMPLES)
-def test_sampling_equals_the_loops(B, C, H, W, N):
-    """DAT-8."""
-    verify.compare("sample_points", sample_points_torch, normal(B, C, H, W), somewhere(B, N))
-
-
-@pytest.mark.parametrize("kind", [0, 1])
-def test_sampling_of_views(kind):
-    """DAT-8."""
-    x, points = normal(2, 3, 5, 4), somewhere(2, 6)
-    verify.compare("sample_points", sample_points_torch, layouts(x)[kind], layouts(points)[kind])
-    verify.compare("sample_points", sample_points_torch, x[:1].expand(2, -1, -1, -1), points[:1].expand(2, -1, -1))
-
-
 def test_kinks_of_the_hat():
     """DAT-8: on pixel centres and borders both forms have the one-sided slope from the right, in each direction."""
     H, W = 5, 3  # H - 1 and W - 1 are powers of two, so that pixels are exact numbers
@@ -130,39 +113,7 @@ def test_bilinear_weights_are_the_matrix_of_sampling(H, W):
     torch.testing.assert_close(inside.sum(-1), torch.ones(2, 9, dtype=DOUBLE))
 
 
-def test_gradients_of_sampling_by_finite_differences():
-    """DAT-8, away from its kinks."""
-    pixels = torch.tensor([[0.3, 1.7], [2.6, -0.4], [3.4, 0.8], [1.2, 2.45]], dtype=DOUBLE)
-    points = (2 * pixels / torch.tensor([3, 2]) - 1)[None].requires_grad_()
-    assert torch.autograd.gradcheck(sample_points_torch, (normal(1, 2, 4, 3).requires_grad_(), points))
-
-
 # ----------------------------------------------------------------------------------------------------- dense attention
-
-DENSE = [(2, 3, 5, 4, 2), (1, 1, 1, 1, 1), (1, 2, 7, 3, 5), (1, 1, 2, 11, 3), (2, 1, 1, 5, 4)]
-
-
-@pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("B, h, L, N, d", DENSE)
-def test_dense_attention_equals_the_loops(B, h, L, N, d, with_bias, scale):
-    """DAT-2."""
-    options = {"bias": normal(h, L, N)} if with_bias else {}
-    options |= {} if scale is None else {"scale": scale}
-    q, k, v = normal(B, h, L, d), normal(B, h, N, d), normal(B, h, N, d)
-    verify.compare("dense_attention", dense_attention_torch, q, k, v, **options)
-    verify.compare("dense_attention", ops.dense_attention, q, k, v, **options)
-
-
-@pytest.mark.parametrize("kind", [0, 1])
-def test_dense_attention_of_views(kind):
-    """DAT-2."""
-    q, k, v, bias = (
-        layouts(t)[kind] for t in (normal(2, 2, 4, 3), normal(2, 2, 5, 3), normal(2, 2, 5, 3), normal(2, 4, 5))
-    )
-    verify.compare("dense_attention", dense_attention_torch, q, k, v, bias=bias)
-    k, v, bias = k[:1].expand(2, -1, -1, -1), v[:, :1].expand(-1, 2, -1, -1), bias[:1].expand(2, -1, -1)
-    verify.compare("dense_attention", dense_attention_torch, q, k, v, bias=bias)
 
 
 def test_softmax_cannot_overflow():
@@ -181,35 +132,6 @@ def test_attention_weights_are_those_that_attention_uses():
         weights = core.attention_weights(q, k, b, 0.5)
         torch.testing.assert_close(weights @ v, ops.dense_attention(q, k, v, bias=b, scale=0.5))
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5, dtype=DOUBLE))
-
-
-def test_gradients_of_dense_attention_by_finite_differences():
-    """DAT-2."""
-    shapes = [(1, 2, 3, 2), (1, 2, 4, 2), (1, 2, 4, 2), (2, 3, 4)]
-    inputs = [normal(*shape).requires_grad_() for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *t: dense_attention_torch(*t, 0.8), inputs)
-
-
-# ------------------------------------------------------------------------------------------------------ less precision
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision_of_sampling(dtype):
-    """DAT-8: torch errs no more than the loops do at the same precision, against float64."""
-    pixels = torch.randint(-4, 36, (2, 8, 2)) / 8  # exact in every dtype, like the map's side of 5: no kink is crossed
-    points = (pixels / 2 - 1).double()
-    found, allowed = errors_and_budget(
-        sample_points_torch, core.sample_points_loops, [normal(2, 3, 5, 5), points], dtype
-    )
-    assert (found <= 3 * allowed).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision_of_dense_attention(dtype):
-    """DAT-2: torch errs no more than the loops do at the same precision, against float64."""
-    arguments = [normal(2, 2, 6, 4), normal(2, 2, 7, 4), normal(2, 2, 7, 4), normal(2, 6, 7), 0.5]
-    found, allowed = errors_and_budget(dense_attention_torch, core.dense_attention_loops, arguments, dtype)
-    assert (found <= 3 * allowed).all()
 
 
 # --------------------------------------------------------------------------------------------------- heads and windows

@@ -129,6 +129,7 @@ def tensors(arguments: dict) -> dict:
 # -------------------------------------------------------------------------------------------------- where the forms run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CAN, reason=f"the tests of this process run the forms: {WHERE}")
 def test_in_the_simulator(capsys):
     """All tests of this file, in numba's simulator, which must be chosen before numba is imported."""
@@ -148,6 +149,7 @@ def test_where_the_forms_run(capsys):
         print(f"\nDGT's four forms run on: {WHERE}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda_forms.SIMULATED, reason="it is another process's affair")
 def test_without_a_gpu_or_the_simulator_it_says_why():
     """It imports, and refuses; the package does not import numba.cuda by itself."""

@@ -4,16 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from helpers import DOUBLE, errors_and_budget, layouts, normal, somewhere
+from helpers import DOUBLE, normal, somewhere
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynattn import core, ops, verify
+from dynattn import core, ops
 from dynattn.mechanisms import deformable
 from dynattn.mechanisms.deformable import (
     DeformableAttention,
     OffsetNetwork,
-    deformable_attention_loops,
-    deformable_attention_torch,
     multiply_adds,
     relative_bias,
     resize_fixed,
@@ -35,43 +33,6 @@ SIZES = [
 def inputs(B, h, g, d, shape, N, table) -> tuple:
     q, k, v = normal(B, h, shape[0] * shape[1], d), normal(B, h, N, d), normal(B, h, N, d)
     return q, k, v, somewhere(B, g, N), None if table is None else normal(h, *table), shape
-
-
-@pytest.mark.parametrize("scale", [None, 1.3])
-@pytest.mark.parametrize("query_grid", ["centre", "corner"])
-@pytest.mark.parametrize("size", SIZES)
-def test_equals_the_loops(size, query_grid, scale):
-    """DAT-9: outputs and the gradients of q, k, v, points and table."""
-    options = {"query_grid": query_grid} | ({} if scale is None else {"scale": scale})
-    verify.compare("deformable_attention", deformable_attention_torch, *inputs(*size), **options)
-
-
-@pytest.mark.parametrize("kind", [0, 1])
-def test_views_equal_the_loops(kind):
-    """DAT-9."""
-    *tensors, shape = inputs(*SIZES[0])
-    verify.compare("deformable_attention", ops.deformable_attention, *(layouts(t)[kind] for t in tensors), shape)
-    q, k, v, points, table = tensors
-    k, points, table = k[:1].expand(2, -1, -1, -1), points[:1].expand(2, -1, -1, -1), table[:1].expand(4, -1, -1)
-    verify.compare("deformable_attention", ops.deformable_attention, q, k, v, points, table, shape)
-
-
-def test_gradients_by_finite_differences():
-    """DAT-9, where no point makes the bias stand on a kink."""
-    q, k, v, _, table, shape = inputs(1, 2, 1, 2, (2, 2), 2, (3, 3))
-    points = torch.tensor([[[[0.13, -0.42], [1.17, 0.66]]]], dtype=DOUBLE)
-    tensors = [t.requires_grad_() for t in (q, k, v, points, table)]
-    assert torch.autograd.gradcheck(lambda *t: deformable_attention_torch(*t, shape, "centre", 0.7), tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision(dtype):
-    """DAT-9: torch errs no more than the loops do at the same precision, against float64."""
-    q, k, v, _, table, shape = inputs(1, 2, 1, 4, (3, 3), 5, (5, 5))
-    points = torch.randint(-9, 9, (1, 1, 5, 2)).double() / 8 + 1 / 16  # exact in every dtype, and off the kinks
-    arguments = [q, k, v, points, table, shape, "corner", 0.5]
-    found, allowed = errors_and_budget(deformable_attention_torch, deformable_attention_loops, arguments, dtype)
-    assert (found <= 3 * allowed).all()
 
 
 def test_head_reads_the_points_of_its_group():

@@ -98,9 +98,9 @@ def test_no_lock_file_is_tracked():
     assert not [name for name in listed.stdout.splitlines() if name.endswith(".lock")]
 
 
-def test_ci_runs_make_test():
+def test_ci_runs_make_test_and_what_is_slow():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert lines[-1] == "make test"  # so that pytest's summary is the last that it prints
+    assert lines[-2:] == ["make test", ".venv/bin/pytest -n 2 -m slow"]  # pytest's summary is the last that it prints
     assert "set -euo pipefail" in lines
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 

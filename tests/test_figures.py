@@ -307,6 +307,7 @@ def test_a_trained_network_that_starts_at_zero_offsets_is_held_against_both_star
     assert "random offsets / with offsets of zero" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_figure_leaves_the_others_where_they_are(setup):
     first = draw(only=[5], out=setup, progress=False)
     before = (setup / FILES[5]).read_bytes()
@@ -320,6 +321,7 @@ def test_one_figure_leaves_the_others_where_they_are(setup):
     assert draw(only=[6], out=setup, progress=False) and len(gallery.read(setup)) == 1
 
 
+@pytest.mark.slow
 def test_a_photograph_of_ones_own(setup, photograph, capsys):
     entries = draw(image=photograph, out=setup)
     assert [one["figure"] for one in entries] == [5, 6, 7]  # figure 4 is about many images
@@ -329,6 +331,7 @@ def test_a_photograph_of_ones_own(setup, photograph, capsys):
     assert capsys.readouterr().out.count("no mask") == sum(len(one["measures"]) for one in entries)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint(setup, photograph, tmp_path):
     """Of another size, three and six groups, and without Swin: its own windows stand beside it."""
     model = create_model("dat_tiny")

@@ -321,6 +321,7 @@ def test_a_table_of_one_seed_has_no_error(setup, shipped, monkeypatch, tmp_path)
     assert strictly((setup / "conditions.json").read_text()) == [entry]
 
 
+@pytest.mark.slow
 def test_both_papers_in_one_folder(setup):
     draw("dgt", only=["table4b"], out=setup, progress=False)
     draw("dat", only=[6], out=setup, progress=False)
@@ -377,6 +378,7 @@ def test_wrong_arguments_fail_before_anything_is_drawn(setup, arguments, message
     assert not setup.exists()
 
 
+@pytest.mark.slow
 def test_one_group_alone_is_drawn(setup, tmp_path):
     """A network whose queries are all alike: panels without a group show the photograph."""
     model = create_model("dgt_mini", **SMALL)
@@ -456,6 +458,7 @@ def test_the_paper_is_compared_where_it_has_the_row():
 # ------------------------------------------------------------------------------------------------------- in a notebook
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_what_was_drawn_with_the_shipped_weights(setup, shipped, photograph, monkeypatch, tmp_path):
     (entry,) = draw("dgt", only=[6], out=setup, progress=False)
     draw("dat", only=[6], out=setup, progress=False)

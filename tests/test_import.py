@@ -20,16 +20,19 @@ def loaded_after(program: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy():
     loaded = loaded_after("import dynattn; dir(dynattn); dynattn.__version__")
     assert not loaded & {"torch", "numpy", *HEAVY}
 
 
+@pytest.mark.slow
 def test_what_models_do_not_need_loads_nothing_heavy():
     program = "import dynattn, dynattn.cli; from dynattn import bench; dynattn.core, dynattn.weights, dynattn.tracing"
     assert not loaded_after(program) & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_a_model_loads_neither_figures_nor_training():
     loaded = loaded_after("import dynattn; dynattn.create_model('dat_mini')")
     assert "timm" in loaded and not loaded & {"matplotlib", "skimage", "sklearn", "accelerate", "IPython"}

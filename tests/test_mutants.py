@@ -48,6 +48,7 @@ def test_mistake_is_caught_and_named(operation, name):
     assert name in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", CORRECT)
 def test_mistakes_are_caught_on_other_seeds(operation):
     """The cases of the default seed are not the only ones that do: of all mistakes nearly all die on any twenty."""

@@ -394,6 +394,7 @@ def test_whole_numbers_are_no_weights(untouched):
     assert "1 of the wrong shape: cls_norm.norm.weight (768,) of torch.int64 for (768,)" in refusal(untouched, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dat_small", "dat_base", "dat_base_384", "dat_tiny_conv"])
 def test_a_checkpoint_of_another_size_names_its_own(name, untouched):
     state = zeros(name)

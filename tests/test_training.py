@@ -98,12 +98,14 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
     program(sys.executable, __file__, "killed", tmp_path)
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
     assert same(run(tmp_path / "whole", KILLED), run(tmp_path / "parts", KILLED))  # finished: only loads
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program(*torchrun, __file__, "plain", tmp_path / "two")

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from helpers import DOUBLE, errors_and_budget, layouts, normal
+from helpers import DOUBLE, normal
 
-from dynattn import core, ops, tracing, verify
+from dynattn import core, ops, tracing
 from dynattn.mechanisms.window import (
     Layout,
     WindowAttention,
-    window_attention_loops,
-    window_attention_torch,
 )
 from dynattn.models.layers import Block
 
@@ -32,46 +30,6 @@ def inputs(B, h, d, shape, window, shift) -> tuple[list, dict]:
     q, k, v = (normal(B, h, shape[0] * shape[1], d) for _ in range(3))
     table = normal(h, 2 * window[0] - 1, 2 * window[1] - 1)
     return [q, k, v, table, shape], {"window": window, "shift": shift}
-
-
-@pytest.mark.parametrize("scale", [None, 1.3])
-@pytest.mark.parametrize("size", SIZES)
-def test_equals_the_loops(size, scale):
-    """DAT-2 inside windows: outputs and the gradients of q, k, v and table."""
-    arguments, options = inputs(*size)
-    options |= {} if scale is None else {"scale": scale}
-    verify.compare("window_attention", window_attention_torch, *arguments, **options)
-
-
-@pytest.mark.parametrize("size", SIZES[1:4])
-def test_equals_the_loops_without_bias(size):
-    """DAT-2."""
-    (q, k, v, _, shape), options = inputs(*size)
-    verify.compare("window_attention", ops.window_attention, q, k, v, None, shape, **options)
-
-
-@pytest.mark.parametrize("kind", [0, 1])
-def test_views_equal_the_loops(kind):
-    """DAT-2."""
-    (*tensors, shape), options = inputs(*SIZES[1])
-    verify.compare("window_attention", ops.window_attention, *(layouts(t)[kind] for t in tensors), shape, **options)
-    q, k, v, table = tensors
-    k, v, table = k[:, :1].expand(-1, 2, -1, -1), v[..., :1, :].expand(-1, -1, 24, -1), table[:1].expand(2, -1, -1)
-    verify.compare("window_attention", ops.window_attention, q, k, v, table, shape, **options)
-
-
-def test_gradients_by_finite_differences():
-    """DAT-2 in shifted windows of a padded map."""
-    tensors = [t.requires_grad_() for t in inputs(1, 1, 2, (3, 3), (2, 2), (1, 1))[0][:4]]
-    assert torch.autograd.gradcheck(lambda *t: window_attention_torch(*t, (3, 3), (2, 2), (1, 1), 0.7), tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision(dtype):
-    """DAT-2: torch errs no more than the loops do at the same precision, against float64."""
-    arguments = inputs(1, 2, 4, (5, 4), (3, 2), (1, 1))[0][:4] + [(5, 4), (3, 2), (1, 1), 0.5]
-    found, allowed = errors_and_budget(window_attention_torch, window_attention_loops, arguments, dtype)
-    assert (found <= 3 * allowed).all()
 
 
 # ------------------------------------------------------------------------------------------------------- who reads whom

@@ -3,7 +3,7 @@
 model     a multiply-add of dat_tiny beside one of timm's Swin-T: forward, 8 images of 224 x 224, two threads
 import    `import dynattn` beside `import torch`, each in a new process
 figures   `dynattn figures`, in seconds
-ops       the kernels beside the torch forms and the loops: time, and memory
+ops       the kernels beside the torch forms and the loops: time, and memory; and as a share of torch.mm's rate
 cuda      grouped attention on a GPU beside flash attention, flex_attention and others
 """
 
@@ -88,11 +88,14 @@ def main(names: list[str]) -> None:
         TABLES[table]()
     rest = [name for name in names or ["model", "import"] if name not in TABLES]
     if rest:
-        print(f"{'':12} {'':45} {'measured':>10} {'wanted':>19}")
+        print(f"{'':12} {'':45} {'measured':>10} {'wanted':>19} {'of torch.mm':>11}".rstrip())
     for name in rest:
         rows = GROUPS[name]() if name in GROUPS else {name: BENCHMARKS[name]}
         for row, benchmark in rows.items():
             value = benchmark.measure()
             verdict = "" if benchmark.holds(value) else "   missed"
-            bound = f"{'at least' if benchmark.least else 'at most'} {benchmark.bound:>8.2f} {benchmark.unit}"
-            print(f"{row:12} {benchmark.what:45} {value:>8.2f} {benchmark.unit} {bound:>19}{verdict}", flush=True)
+            bound = "" if benchmark.bound is None else f"{benchmark.bound:>8.2f} {benchmark.unit}"
+            bound = bound and f"{'at least' if benchmark.least else 'at most'} {bound}"
+            share = f"{benchmark.share():>12.0%}" if benchmark.share else ""
+            line = f"{row:12} {benchmark.what:45} {value:>8.2f} {benchmark.unit} {bound:>19}"
+            print(f"{line}{share}{verdict}".rstrip(), flush=True)
