@@ -16,7 +16,6 @@ from urllib.parse import quote
 
 from . import __version__, plugins
 
-PAPERS = ("dat", "dgt")
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -261,7 +260,12 @@ def add_train(commands) -> None:
     recipe.add_argument("--weight-decay", type=float, metavar="X", help="of matrices and kernels")
     recipe.add_argument("--clip", type=float, metavar="NORM", help="largest norm of a gradient")
     recipe.add_argument("--label-smoothing", type=float, metavar="X", help="probability spread over all classes")
-    recipe.add_argument("--centroid-pace", type=float, metavar="X", help="rate of DGT's centroids over the optimiser's")
+    recipe.add_argument(
+        "--pace",
+        type=float,
+        metavar="X",
+        help="rate of what no optimiser moves (DGT's centroids), over the optimiser's",
+    )
     recipe.add_argument("--model-options", type=json_object, metavar="JSON", help="arguments of the model")
 
 
@@ -314,7 +318,9 @@ def add_check(commands) -> None:
 
 def add_paper(sub: argparse.ArgumentParser) -> None:
     """The option that names a paper."""
-    sub.add_argument("--paper", choices=PAPERS, default="dat", help="which paper (default: %(default)s)")
+    sub.add_argument(
+        "--paper", default="dat", metavar="NAME", help="dat, dgt or another that is registered (default: %(default)s)"
+    )
 
 
 def figure_number(text: str) -> int | str:

@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dynattn import core, tracing
+from dynattn import core, plugins, tracing
 from dynattn.models.registry import create_model
-
-PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _noting(model: nn.Module) -> Iterator[Noted]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a paper's table: its name in published.csv, and how we make the model."""
+    """One row of a paper's table: its name in the paper's CSV file, and how we make the model."""
 
     published: str
     model: str
@@ -118,71 +116,43 @@ class Row:
     note: str = ""
 
 
-DETR_ROWS = (
-    "Parameters: the paper's three rows count 192,080 entries of shift masks too (0.19 M), which DAT's rows do not: "
-    "subtract them to compare. Multiply-adds: ours hold the weighted sum over the K points, the paper's do not."
-)
-NO_OFFSETS = (
-    "The unused offset network is among the parameters, as in the paper. Of the multiply-adds the paper's 4.57 leaves "
-    "out that network and the bilinear sampling, as this row does; the published code runs both (4.58)."
-)
-NO_OFFSETS_WITH_BIAS = (
-    "As the row without bias; the paper's 4.57 leaves out the bilinear sampling of the bias as well, which our fvcore "
-    "count includes (4.580 G; 4.574 G without)."
-)
-GROUPING = (
-    "The paper does not say how it counts. Its numbers are met with grouping and selection (2LGC) and an addition for "
-    "every bias; without the biases they are 4.33, 9.38 and 16.36 G, without 2LGC too 4.21, 9.20 and 16.12 G. A "
-    "counter that sees attention under a dense mask has 5.87 G for DGT-T."
-)
-BLOCKS = "The paper prints the accuracy only. Stage 4 is DGT's; the blocks are of their own papers' sizes."
-DETR = [("window", "shifted")] * 2 + [("window", "deformable_detr")] * 2
-ROWS: dict[str, list[Row]] = {
-    "dat": [
-        Row("dat_tiny", "dat_tiny", note="Table 2 prints 29 M: that is the count with buffers (28.53 M)."),
-        Row("dat_small", "dat_small"),
-        Row("dat_base", "dat_base"),
-        Row("dat_base_384", "dat_base_384", size=384),
-        Row("dat_tiny_conv", "dat_tiny_conv"),
-        Row("dat_tiny_no_offsets_no_bias", "dat_tiny", dict(offsets=False, position_bias=None), note=NO_OFFSETS),
-        Row("dat_tiny_no_offsets", "dat_tiny", dict(offsets=False), note=NO_OFFSETS_WITH_BIAS),
-        Row("dat_tiny_no_bias", "dat_tiny", dict(position_bias=None)),
-        Row("dat_tiny_fixed_bias", "dat_tiny", dict(position_bias="fixed")),
-        Row("dat_tiny_dwconv_bias", "dat_tiny", dict(position_bias="dwconv")),
-        Row("dat_tiny_sra", "dat_tiny", dict(early="sra")),
-        Row("dat_tiny_stages1234", "dat_tiny", dict(deformable_stages=(1, 2, 3, 4))),
-        Row("dat_tiny_stages234", "dat_tiny", dict(deformable_stages=(2, 3, 4))),
-        Row("dat_tiny_stage4", "dat_tiny", dict(deformable_stages=(4,))),
-        Row("dat_tiny_ddetr_16_16", "dat_tiny", dict(blocks=DETR, detr_points=(16, 16, 16, 16)), note=DETR_ROWS),
-        Row("dat_tiny_ddetr_49_49", "dat_tiny", dict(blocks=DETR), note=DETR_ROWS),
-        Row("dat_tiny_ddetr_196_49", "dat_tiny", dict(blocks=DETR, detr_points=(49, 49, 196, 49)), note=DETR_ROWS),
-        Row("dat_tiny_49_49", "dat_tiny", dict(strides=(4, 2, 2, 1)), note="Stride 2 in stage 3: 49 keys."),
-    ],
-    "dgt": [
-        Row("dgt_tiny", "dgt_tiny", note=GROUPING),
-        Row("dgt_small", "dgt_small", note=GROUPING),
-        Row("dgt_base", "dgt_base", note=GROUPING),
-        Row("dgt_tiny_g24", "dgt_tiny", dict(groups=24)),
-        Row("dgt_tiny_k49", "dgt_tiny", dict(keys=49)),
-        Row("dgt_tiny_swin_block", "dgt_tiny", dict(block="swin"), note=BLOCKS),
-        Row("dgt_tiny_cswin_block", "dgt_tiny", dict(block="cswin"), note=BLOCKS),
-        Row("dgt_tiny_cmt_block", "dgt_tiny", dict(block="cmt"), note=BLOCKS),
-        Row("swin_tiny+dg_attention", "swin_tiny_dgt", note="k = 49, as the paper has it."),
-        Row("cswin_tiny", "cswin_tiny", note="The paper prints 23 M; the parts that CSWin's paper names have 22.32 M."),
-        Row("cswin_tiny+dg_attention", "cswin_tiny", dict(attention="dynamic_group"), note="k = 98: not in the paper."),
-    ],
-}
-# Of each paper, which count its numbers are, its name in the table, and a line about it.
-CONVENTIONS = {
-    "dat": ("macs_fvcore", "fvcore", "fvcore, as papers count: LayerNorm, bilinear samples too."),
-    "dgt": ("macs_biases", "biases", "biases: these, and one for every bias that is added."),
-}
+@dataclass(frozen=True)
+class Table:
+    """The rows of a paper's tables, and how it counts.
+
+    measure: the field of `Cost` that its multiply-adds are; column: the name of that column; meaning: a line about it.
+    published: a CSV file with the paper's own numbers, by the names of the rows: model, params_M, macs_G, value, where.
+    """
+
+    rows: Sequence[Row]
+    measure: str
+    column: str
+    meaning: str
+    published: Path
+
+
+TABLES: dict[str, Table] = {}
+
+
+def register(paper: str, table: Table) -> None:
+    """Make a paper's table known to `table`, `published` and the command line; a name again replaces it."""
+    TABLES[paper] = table
+
+
+def tables() -> dict[str, Table]:
+    """Every table by the name of its paper."""
+    plugins.load_papers()
+    return TABLES
 
 
 def published(name: str) -> dict[str, str]:
     """The paper's own numbers for a row: params_M, macs_G, value (top-1), where. Raises KeyError for another name."""
-    with PUBLISHED.open(newline="") as file:
-        return next(row for row in csv.DictReader(file) if row["model"] == name)
+    for table in tables().values():
+        with table.published.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["model"] == name:
+                    return row
+    raise KeyError(f"no paper prints numbers of {name!r}")
 
 
 def table(paper: str = "dat", progress: bool = False) -> list[dict]:
@@ -192,9 +162,9 @@ def table(paper: str = "dat", progress: bool = False) -> list[dict]:
     """
     from tqdm import tqdm
 
-    core.one_of("paper", paper, tuple(ROWS))
+    core.one_of("paper", paper, tuple(tables()))
     rows = []
-    for row in tqdm(ROWS[paper], desc="counting", unit="model", disable=not progress, file=sys.stderr):
+    for row in tqdm(TABLES[paper].rows, desc="counting", unit="model", disable=not progress, file=sys.stderr):
         with torch.device("meta"):  # shapes without numbers: to count costs neither memory nor arithmetic
             model = create_model(row.model, **row.options)
         cost = count(model, row.size)
@@ -221,7 +191,7 @@ def table(paper: str = "dat", progress: bool = False) -> list[dict]:
 def print_table(paper: str = "dat") -> None:
     """Print `table` with its footnotes: parameters and multiply-adds, ours and the paper's."""
     rows = table(paper, progress=True)
-    measure, column, meaning = CONVENTIONS[paper]
+    measure, column, meaning = TABLES[paper].measure, TABLES[paper].column, TABLES[paper].meaning
     notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
     said = lambda number, unit: number + unit if number else "-"  # noqa: E731
     print(f"{'':30} {'parameters':>12} {'paper':>8} {'torch':>8} {column:>8} {'paper':>7}   where")

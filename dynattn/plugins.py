@@ -1,6 +1,7 @@
-"""Other packages that teach this one new models, operations, recipes and figures.
+"""What registers itself: the papers of this package, and other packages that teach it new things.
 
-Such a package names a module in its pyproject.toml, which registers everything when it is imported:
+Every file of `dynattn/papers` registers what a paper has: rows of its tables, recipes, figures. Another package names
+a module in its pyproject.toml, which registers models, operations, recipes or figures when it is imported:
 
     [project.entry-points."dynattn.plugins"]
     neighbourhood = "neighbourhood.plugin"
@@ -10,7 +11,9 @@ The command line and the process of `dynattn check` import it. In a program of y
 
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 
 GROUP = "dynattn.plugins"
 
@@ -27,3 +30,10 @@ def load() -> tuple[str, ...]:
         else:
             found.append(plugin.name)
     return tuple(found)
+
+
+@cache
+def load_papers() -> None:
+    """Import every file of `dynattn/papers`, once."""
+    for file in iter_modules(import_module("dynattn.papers").__path__, "dynattn.papers."):
+        import_module(file.name)

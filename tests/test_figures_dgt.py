@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from dynattn import cli, cost, create_model, figures, tracing, weights
+from dynattn import cost, create_model, figures, tracing, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import dgt, draw, gallery, measures, notebook, style, subjects
 
@@ -442,7 +442,8 @@ def test_a_measure_without_a_mask_is_compared_with_a_window():
 
 
 def test_the_command_line_knows_the_papers():
-    assert tuple(figures.FIGURES) == cli.PAPERS and set(cli.PAPERS) <= set(cost.ROWS)
+    plugins.load_papers()
+    assert set(figures.FIGURES) == set(cost.tables()) == {"dat", "dgt"}
 
 
 def test_the_paper_is_compared_where_it_has_the_row():

@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dynattn import core
+from dynattn import core, plugins
 
-from . import dat, dgt, gallery
-from .drawing import Plan
+from . import gallery
+from .drawing import Paper, Plan
 from .subjects import Setting, load_subject
 
-FIGURES = {"dat": dat.PAPER, "dgt": dgt.PAPER}
+FIGURES: dict[str, Paper] = {}
+
+
+def register(name: str, paper: Paper) -> None:
+    """Make the figures of a paper known to `draw` and the command line; a name again replaces them."""
+    if not isinstance(paper, Paper):
+        raise TypeError(f"paper: expected a Paper, got {type(paper).__name__}")
+    FIGURES[name] = paper
 
 
 @contextmanager
@@ -58,6 +65,7 @@ def draw(
     does what differs by no more than another machine's rounding.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
     """
+    plugins.load_papers()
     core.one_of("paper", paper, tuple(FIGURES))
     about = FIGURES[paper]
     plans = about.plans

@@ -142,7 +142,10 @@ def draw_grouping(e: tuple[float, float], G: int, query: int) -> tuple[Figure, s
     order = angles.argsort().tolist()
     for here, (j, after) in enumerate(zip(order, order[1:] + order[:1], strict=True)):
         before = float(angles[order[here - 1]])
-        low, high = ((float(angles[j]) - before) % 360 or 360) / 2, ((float(angles[after] - angles[j])) % 360 or 360) / 2
+        low, high = (
+            ((float(angles[j]) - before) % 360 or 360) / 2,
+            ((float(angles[after] - angles[j])) % 360 or 360) / 2,
+        )
         sector = (float(angles[j]) - low, float(angles[j]) + high)
         ax.add_patch(Wedge((0, 0), 2.2, *sector, color=style.GROUPS[j], alpha=0.14, linewidth=0, zorder=0))
     tips(ax, QUERIES, [style.GROUPS[j] for j in groups.tolist()])
@@ -251,7 +254,9 @@ def draw_attention(query: tuple[float, float], head: int, share: float, layer: s
     logits = record.k[head] @ record.q[head, at] * record.scale
     taken = torch.zeros(L, dtype=torch.bool).index_fill(0, chosen, True)
     parts.scatter(likes[~taken], logits[~taken], s=14, color="#BBBBBB", label="not selected")
-    parts.scatter(likes[taken], logits[taken], s=18, color=colour, edgecolors=style.INK, linewidths=0.3, label="selected")
+    parts.scatter(
+        likes[taken], logits[taken], s=18, color=colour, edgecolors=style.INK, linewidths=0.3, label="selected"
+    )
     parts.set(title="all keys", xlabel=r"what the group likes, $e_j \cdot x_K$")
     parts.set_ylabel(r"what the query likes, $x_Q \cdot x_K / \sqrt{d}$")
     parts.legend(frameon=False, loc="lower right")
@@ -350,7 +355,9 @@ def draw_cost(G: int, k: int, channels: int) -> tuple[Figure, str]:
     ax.plot(sides, found[:, 0] / 1e9, "--", color=style.INK, label="dense, DGT-5")
     ax.plot(sides, 2 * 49 * sides**2 * channels / 1e9, "--", color=style.BLUE, label="windows of 7 × 7")
     ax.plot(sides, found[:, 1] / 1e9, "o-", color=style.ORANGE, label="dynamic groups, DGT-6")
-    ax.set(xscale="log", yscale="log", title="G multiply-adds of one layer's attention", xlabel="side of the map, cells")
+    ax.set(
+        xscale="log", yscale="log", title="G multiply-adds of one layer's attention", xlabel="side of the map, cells"
+    )
     ax.legend(frameon=False)
     ratio.plot(sides, found[:, 2], "o-", color=style.ORANGE)
     ratio.axhline(1, color=style.INK, linewidth=1)

@@ -175,7 +175,7 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad()
     if after_step := getattr(accelerator.unwrap_model(model), "after_step", None):
-        after_step(recipe.centroid_pace * learning_rate(recipe, step))
+        after_step(recipe.pace * learning_rate(recipe, step))
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean(), norm])
 
 

@@ -5,6 +5,8 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .. import plugins
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -23,7 +25,7 @@ class Recipe:
     weight_decay: float = 0.05  # of matrices and kernels; biases, norms and position tables have none
     clip: float = 2.0
     label_smoothing: float = 0.05
-    centroid_pace: float = 1.0  # of DGT's groups: the learning rate that their centroids move by, over the optimiser's
+    pace: float = 1.0  # what a model's `after_step` gets, over the learning rate of the step
 
     def __post_init__(self):
         for name in ("size", "train_count", "test_count", "steps", "batch"):
@@ -39,35 +41,22 @@ class Recipe:
             raise ValueError(f"batch: expected at most train_count = {self.train_count}, got {self.batch}")
 
 
-SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # smaller than the minis, at 64 pixels
-RECIPES = {
-    "dat_mini": Recipe("dat_mini"),
-    "swin_mini": Recipe("swin_mini"),
-    "vit_mini": Recipe("vit_mini"),
-    # the paper's tau, a tenth of the learning rate, lets 19 time constants pass in its 300 epochs: here too
-    "dgt_mini": Recipe("dgt_mini", centroid_pace=400.0),
-    # the sweep of the offset range s (DAT, figure 4) in small: the same recipe, one model for each s
-    **{
-        f"dat_sweep_s{s}": Recipe("dat_mini", SWEEP | {"offset_range": float(s)}, size=64, steps=400)
-        for s in (0, 1, 2, 4, 8)
-    },
-    # DGT, Table 4(b), in small: G groups and k keys of the finest map, and each of them halved
-    **{
-        f"dgt_sweep_g{G}k{k}": Recipe(
-            "dgt_mini", SWEEP | {"groups": G, "keys": (k, k // 4)}, size=64, steps=400, centroid_pace=500.0
-        )
-        for G, k in ((8, 64), (4, 64), (8, 32))
-    },
-    # the first of these where objects are textured and pieces of others lie about; it takes longer to learn
-    "dgt_cluttered": Recipe(
-        "dgt_mini",
-        SWEEP | {"groups": 8, "keys": (64, 16)},
-        level="cluttered",
-        size=64,
-        steps=800,
-        centroid_pace=250.0,
-    ),
-}
+RECIPES: dict[str, Recipe] = {}
+
+
+def register_recipe(name: str, recipe: Recipe) -> None:
+    """Make a recipe known to `train` and the command line under a name; a name again replaces it."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name: expected letters, digits and underscores, as in 'dat_mini', got {name!r}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+    RECIPES[name] = recipe
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every recipe by its name: those of the papers, and those that others have registered."""
+    plugins.load_papers()
+    return RECIPES
 
 
 def get_recipe(name: str, **changes) -> Recipe:
@@ -75,8 +64,8 @@ def get_recipe(name: str, **changes) -> Recipe:
 
     Raises: ValueError for an unknown name or a value out of range; TypeError for an unknown field.
     """
-    if name not in RECIPES:
-        raise ValueError(f"name: expected one of {', '.join(RECIPES)}, got {name!r}")
+    if name not in recipes():
+        raise ValueError(f"name: expected one of {', '.join(sorted(RECIPES))}, got {name!r}")
     known = [item.name for item in fields(Recipe) if item.name != "model"]
     if unknown := sorted(set(changes) - set(known)):
         raise TypeError(f"{unknown[0]}: expected one of {', '.join(known)}")

@@ -889,7 +889,7 @@ table(("model", "blocks", "channels", "heads", "groups", "window", "parameters (
 
 # %%
 rows, notes = [], []
-for row in cost.ROWS["dat"]:
+for row in cost.tables()["dat"].rows:
     said = cost.published(row.published)
     if not said["where"].startswith(("Table 6", "Table 7", "Table 8")) and row.published != "dat_tiny":
         continue

@@ -364,13 +364,13 @@ def time_constants(steps: int, lr: float, warmup: float, tau_per_lr: float = 0.1
 recipe = get_recipe("dgt_mini")
 imagenet = time_constants(300 * 1_281_167 // 1024, 1e-3, 20 / 300)
 ours = time_constants(recipe.steps, recipe.lr, recipe.warmup)
-paced = time_constants(recipe.steps, recipe.lr, recipe.warmup, 0.1 * recipe.centroid_pace)
+paced = time_constants(recipe.steps, recipe.lr, recipe.warmup, 0.1 * recipe.pace)
 assert 10 < imagenet < 25 and 0.5 < paced / imagenet < 2
 say(
     f"At the highest rate of the paper a centroid needs {1 / (0.1 * 1e-3):,.0f} steps to go 1 − 1/e of its way. Over "
     f"the {300 * 1_281_167 // 1024:,} steps on ImageNet that is {imagenet:.1f} time constants. `dgt_mini` takes "
     f"{recipe.steps} steps, {ours:.2f} of a time constant: its centroids would stay where chance put them. Its recipe "
-    f"therefore moves them {recipe.centroid_pace:g} times as fast, so that {paced:.1f} pass."
+    f"therefore moves them {recipe.pace:g} times as fast, so that {paced:.1f} pass."
 )
 
 # %% [markdown]
@@ -1124,7 +1124,7 @@ LEDGER = [
         "Several processes, gradient accumulation: not said",
         "sums over both, moved once a step",
         f"τ as in the paper needs {1 / 1e-4:,.0f} steps for a time constant",
-        "`update_centroids`, `centroid_pace`",
+        "`update_centroids`, `pace`",
     ),
     (
         "“The classifier head consists of two linear layers”",

@@ -1,0 +1,6 @@
+"""What the papers' small models are compared with: timm's Swin and ViT as small, by the same recipe."""
+
+from dynattn.training import Recipe, register_recipe
+
+register_recipe("swin_mini", Recipe("swin_mini"))
+register_recipe("vit_mini", Recipe("vit_mini"))

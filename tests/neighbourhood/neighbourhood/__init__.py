@@ -1,0 +1,1 @@
+"""Neighbourhood attention: every query reads the cells around it."""
