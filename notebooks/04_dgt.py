@@ -139,7 +139,7 @@ verify.check("grouped_attention", ops.grouped_attention, cases=6)
 # %% [markdown]
 # **Turn it.** This is the trained network. Point at a query. Left: all groups of this head. Middle: the keys of the
 # query's group, and the attention that they get. Right: every key is a dot. The group selects from the right. The query
-# would select from the top. Do they agree? Change $k$: how much attention is lost? Then take the star and layer 4.
+# would select from the top. Do they agree? Change $k$: how much attention is lost? Then take the star and the fourth layer.
 
 # %%
 lesson.attention()
@@ -199,7 +199,7 @@ lesson.cost()
 
 # %% [markdown]
 # Dense attention grows with $L^2$, groups grow with $L$. So groups win on large maps. They lose on small ones, where
-# $k + G$ is not smaller than $L$. Windows need no grouping and are cheaper still. And a multiply-add in a group takes
+# $k + G$ is not smaller than $L$. With the paper's $G$ and $k$, windows are cheaper still. And a multiply-add in a group takes
 # longer: its keys must be collected from all over the map. The audit measures the time.
 #
 # ## 9. Does it do what the paper says?

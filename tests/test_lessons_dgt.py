@@ -2,7 +2,6 @@
 
 import re
 from functools import cache
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,23 +40,25 @@ def run(defines: str) -> SimpleNamespace:
     raise AssertionError(f"no cell defines {defines}")
 
 
-def corners(control) -> list:
-    """The extreme values of a control."""
+def ends(control) -> tuple:
+    """The first and the last value of a control."""
     if isinstance(control, Pointer):
-        (top, left), (bottom, right) = control.first, control.last
-        return [(top, left), ((top + bottom) / 2, (left + right) / 2), (bottom, right)]
+        return control.first, control.last
     if hasattr(control, "options"):
         values = [option[1] if isinstance(option, tuple) else option for option in control.options]
-        return [values[0], values[-1]]
-    return [control.min, control.max]
+        return values[0], values[-1]
+    return control.min, control.max
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_a_picture_is_drawn_at_every_corner(name):
+def test_a_picture_is_drawn_at_every_end(name):
+    """Each control at its ends, the others as they begin; then all together."""
     turned = getattr(lesson, name)()
-    controls = turned.pointers | turned.widgets
-    for values in product(*map(corners, controls.values())):
-        figure, words = turned.draw(**dict(zip(controls, values, strict=True)))
+    start, controls = dict(turned.values), turned.pointers | turned.widgets
+    turns = [start | {control: end} for control, one in controls.items() for end in ends(one)]
+    turns += [{control: ends(one)[i] for control, one in controls.items()} for i in (0, 1)]
+    for values in turns:
+        figure, words = turned.draw(**values)
         assert isinstance(figure, Figure) and words.endswith(".") and "nan" not in words
 
 
@@ -65,8 +66,8 @@ def test_a_picture_is_drawn_at_every_corner(name):
 def test_a_control_draws_again(name):
     turned = getattr(lesson, name)()
     before, drawn = turned.words, turned.picture.drawn
-    control, widget = list(turned.widgets.items())[-1 if name != "grouping" else 0]
-    turned.set(**{control: corners(widget)[1 if corners(widget)[1] != widget.value else 0]})
+    control, widget = next(iter(turned.widgets.items()))
+    turned.set(**{control: next(end for end in ends(widget) if end != widget.value)})
     assert turned.picture.drawn == drawn + 1 and turned.words != before
 
 
@@ -95,8 +96,8 @@ def test_a_longer_query_stays_in_its_group():
 
 def test_with_one_length_the_angle_decides():
     k = 9
-    assert f"{k} of them are among the {k} " in lesson.draw_selection((-0.6, 0.8), k, "one")[1]
-    assert f"{k} of them are among the {k} " not in lesson.draw_selection((-0.6, 0.8), k, "own")[1]
+    assert f"{k} of them are among the nearest {k}." in lesson.draw_selection((-0.6, 0.8), k, "one")[1]
+    assert f"{k} of them are among the nearest {k}." not in lesson.draw_selection((-0.6, 0.8), k, "own")[1]
 
 
 def test_centroids_find_the_heaps_unless_they_are_slow():
@@ -115,8 +116,9 @@ def test_as_printed_a_centroid_jumps():
 
 def test_a_centroid_without_a_query_stays():
     places, sizes = lesson.history(8, 0.1, False)
-    idle = sizes.sum(axis=0) == 0
-    assert idle.any() and np.array_equal(places[-1][idle], places[0][idle])
+    idle = sizes == 0
+    assert idle.any() and np.array_equal(places[1:][idle], places[:-1][idle])
+    assert not np.isclose(places[1:], places[:-1]).all(axis=-1)[~idle].any()
 
 
 def test_what_the_page_says_of_its_first_picture():
@@ -129,16 +131,16 @@ def test_what_the_page_says_of_its_first_picture():
         assert (groups[on] == query).float().mean() < 0.05
 
 
+def lost(image: int, layer: int) -> float:
+    """The attention of the query that the best keys would get, less that of the keys of its group, in percent."""
+    words = lesson.draw_attention(lesson.QUERY, 0, 1 / 4, lesson.layers()[layer][1], image)[1]
+    held, best = re.search(r"<b>(\d+)%</b>.*would get (\d+)%", words).groups()
+    return int(best) - int(held)
+
+
 def test_groups_miss_keys_where_the_page_says_so():
-    words = {
-        (image, layer): lesson.draw_attention(lesson.QUERY, 0, 1 / 4, lesson.layers()[layer][1], image)[1]
-        for image, layer in ((lesson.IMAGES[0], 0), (1, 3))
-    }
-    lost = {}
-    for place, text in words.items():
-        held, best = re.search(r"<b>(\d+)%</b>.*would get (\d+)%", text).groups()
-        lost[place] = int(best) - int(held)
-    assert lost[lesson.IMAGES[0], 0] <= 1 and lost[1, 3] >= 5
+    """The star, fourth layer; elsewhere the keys of a group are nearly the best ones."""
+    assert lost(lesson.IMAGES[3], 3) >= 2 > max(lost(lesson.IMAGES[0], layer) for layer in range(5))
 
 
 def measured(nmi: float, on: float, off: float) -> dict:
@@ -151,7 +153,7 @@ def measured(nmi: float, on: float, off: float) -> dict:
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_verdict_goes_where_the_numbers_go(finds, reads):
     trained = measured(0.4 if finds else 0.1, 0.3 if reads else 0.1, 0.2)
-    random = measured(0.1, 0.15, 0.14)
+    random = measured(0.1, 0.14, 0.15)
     words = lesson.in_words({"trained": [trained], "random weights": [random]})
     assert ("do not find the object" in words) != finds
     assert ("do not read the object" in words) != reads

@@ -198,14 +198,14 @@ def draw_selection(e: tuple[float, float], k: int, lengths: str) -> tuple[Figure
 
     order = likes.argsort(descending=True, stable=True)
     colours = [style.ORANGE if one else "#CCCCCC" for one in taken[order].tolist()]
-    sorted_ax.bar(range(1, len(keys) + 1), likes[order], color=colours, edgecolor=style.INK, linewidth=0.5)
+    sorted_ax.bar(range(1, len(keys) + 1), likes[order].numpy(), color=colours, edgecolor=style.INK, linewidth=0.5)
     sorted_ax.axhline(bound, color=style.INK, linestyle="--", linewidth=1.2)
     sorted_ax.set(title=r"$e \cdot x_K$ of all keys, sorted; dashed: the bound", xlabel="keys", ylim=(-1.25, 1.25))
     nearest = set((F.normalize(keys, dim=1) @ centroid).argsort(descending=True)[:k].tolist())
     both = len(nearest & set(chosen.tolist()))
     return figure, (
-        f"{k} of {len(keys)} keys, all with e · x_K of at least <b>{bound:.2f}</b>. {both} of them are among the {k} "
-        f"keys with the smallest angle to the centroid."
+        f"{k} of {len(keys)} keys; the least liked of them has e · x_K = <b>{bound:.2f}</b>. By their angle to the "
+        f"centroid, {both} of them are among the nearest {k}."
     )
 
 
@@ -257,14 +257,14 @@ def draw_attention(query: tuple[float, float], head: int, share: float, layer: s
     parts.scatter(likes[taken], logits[taken], s=18, color=colour, label="selected", **edge)
     parts.set(title="all keys", xlabel=r"what the group likes, $e_j \cdot x_K$")
     parts.set_ylabel(r"what the query likes, $x_Q \cdot x_K / \sqrt{d}$")
-    parts.legend(frameon=False, loc="lower right")
+    parts.legend(framealpha=0.85, edgecolor="none", loc="lower right")
     dense = logits.softmax(-1)
     held, best = float(dense[chosen].sum()), float(dense.topk(k).values.sum())
     on, trained = float((record.groups[head] == j).float().mean()), record.selected.shape[2]
     return figure, (
         f"Group {j + 1} has {on:.0%} of the queries and reads {k} of {L} keys. Dense attention would give them "
-        f"<b>{held:.0%}</b> of this query's attention; the best {k} keys for this query would get {best:.0%}. The layer "
-        f"was trained with k = {trained}; it is not trained again when you turn it."
+        f"<b>{held:.0%}</b> of this query's attention; the best {k} for this query would get {best:.0%}. The layer was "
+        f"trained with k = {trained}; it is not trained again when you turn it."
     )
 
 
@@ -325,10 +325,10 @@ def draw_moving(step: int, G: int, tau: float, printed: bool) -> tuple[Figure, s
     time.axvline(step, color=style.INK, linestyle="--", linewidth=1)
     time.set(title="angle of each centroid; dotted: the heaps of queries", xlabel="step", ylabel="degrees")
     turned = np.degrees(np.arccos(np.clip((places[1:] * places[:-1]).sum(-1), -1, 1)))  # (steps, G)
-    idle = int((sizes.sum(axis=0) == 0).sum())
+    idle = int((sizes[max(step - 1, 0)] == 0).sum())
     return figure, (
-        f"In a step a centroid turns by <b>{turned[sizes > 0].mean():.2g}°</b>, mean over all {STEPS} steps and the "
-        f"groups with queries. {idle} of {G} centroids never got a query; those never move."
+        f"In a step a centroid turns by <b>{turned[sizes > 0].mean():.2g}°</b>, the mean over all {STEPS} steps and "
+        f"all groups with queries. In step {max(step, 1)}, {idle} of {G} groups have no query; their centroids stay."
     )
 
 
