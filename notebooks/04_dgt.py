@@ -2,13 +2,13 @@
 # # DGT: queries that are alike share their keys
 #
 # *Dynamic Group Transformer: A General Vision Transformer Backbone with Dynamic Group Attention*, Liu et al., IJCAI.
-# A lesson of less than an hour. The [audit](audit/04_dgt.ipynb) has what this page leaves out: the gradients, the ledger
-# of misprints, the kernels, the models and all tables.
+# A lesson of less than an hour. The [audit](audit/04_dgt.ipynb) has what this page leaves out: the gradients, the
+# ledger of misprints, the kernels, the models and all tables.
 
 # %%
 import torch, torch.nn.functional as F
 from dynattn import ops, verify
-from dynattn.lessons import agree, begin, dgt as lesson, judge, normal, rearrange, say, source; begin()
+from dynattn.lessons import begin, dgt as lesson, judge, normal, rearrange, say, source; begin()
 
 # %% [markdown]
 # ## 1. The question
@@ -23,17 +23,16 @@ from dynattn.lessons import agree, begin, dgt as lesson, judge, normal, rearrang
 # | `swin_mini` | the tokens of its own window |
 # | `dgt_mini` | some tokens, anywhere. Its group has selected them |
 #
-# **Predict first.** The query below stands in the background, at the yellow cross. The background is one group of
-# queries. Which keys does this group select: the background, or the bird? Then look. Click on another place and predict
-# again.
+# **Predict first.** The query below stands in the background, at the yellow cross. Nearly all of the background is one
+# group. Which keys does this group select: those of the background, or those of the bird? Then look. Click on another
+# place and predict again.
 
 # %%
-lens = lesson.question()
-lens
+lesson.question()
 
 # %% [markdown]
-# Click on two places of the background: the keys stay the same, only the weights change. Click on the bird: the keys are
-# others. A window depends on where a query stands. A group depends on what the query says.
+# Click on two places of the background: in most places the keys stay the same, only the weights change. Click on the
+# bird: the keys are others. A window depends on where a query stands. A group depends on what the query says.
 #
 # ## 2. Notation
 #
@@ -43,7 +42,8 @@ lens
 # - $x_Q^i, x_K^i, x_V^i$: query, key and value of token $i$ in one head. Positions are (row, col).
 # - $G$: groups, $j$ one of them, $e_j$ its **centroid**, a vector of length one. $N_j$: queries of group $j$. $k$: keys
 #   of each group, $id_j$ their numbers.
-# - $P$: logits, $\hat{P}$: weights, $Y$: the output. $\tau$: the pace of a centroid, $lr$: the learning rate.
+# - $P$: logits, $\hat{P}$: weights, $Y$: the output. $\tau$: the pace of a centroid, $lr$: the learning rate. The
+#   library's code writes `h` for $M$, `n` for $k$, and `S` for the number of keys of the map.
 #
 # ## 3. The layer
 #
@@ -103,7 +103,8 @@ lesson.grouping()
 #
 # The centroid stands for its queries. It looks at all keys of the map and takes the $k$ that it likes best.
 #
-# **Turn it.** Drag the centroid. Change $k$. Then give all keys the same length: which keys come in, which go?
+# **Turn it**, below the code. Drag the centroid. Change $k$. Then give all keys the same length: which keys come in,
+# which go?
 
 # %%
 source(lesson.dynamic_group.select_loops, lesson.dynamic_group.select_torch)
@@ -127,8 +128,9 @@ lesson.selection()
 # $$\hat{P} = \text{softmax}\left(P / \sqrt{d}\right) \tag{DGT-12}$$
 # $$Y = \hat{P} x_V \tag{DGT-13}$$
 #
-# Then each row of $Y_j$ goes back to the place that its query came from. Groups have different sizes, so a fast program
-# cuts them into tiles of equal size. The audit shows how.
+# Then each row of $Y_j$ goes back to the place that its query came from. The torch form stands in the layer above, in
+# the lines DGT-11 to DGT-13. Groups have different sizes, so a fast program cuts them into tiles of equal size. The
+# audit shows how.
 
 # %%
 source(lesson.dynamic_group.grouped_attention_loops)
@@ -136,13 +138,15 @@ verify.check("grouped_attention", ops.grouped_attention, cases=6)
 
 # %% [markdown]
 # **Turn it.** This is the trained network. Point at a query. Left: all groups of this head. Middle: the keys of the
-# query's group, and the attention that they get. Right: every key is a dot. The group selects from the right; the query
-# would like the upper ones. Find a head and a layer where the group misses keys that the query likes.
+# query's group, and the attention that they get. Right: every key is a dot. The group selects from the right. The query
+# would select from the top. Do they agree? Change $k$: how much attention is lost? Then take the star and the fourth layer.
 
 # %%
 lesson.attention()
 
 # %% [markdown]
+# Mostly they agree, and the dots lie on a line. So the keys of the group are nearly the best keys for the query.
+#
 # ## 7. Step four: move the centroids
 #
 # No gradient passes through a choice, so training cannot learn the centroids in the usual way. They follow the mean of
@@ -151,8 +155,8 @@ lesson.attention()
 # $$e'_j = \frac{1}{N_j} \sum_i \text{Norm}\left(x_{Q_j}^i\right) \tag{DGT-3}$$
 # $$e_j \leftarrow \text{Norm}\left((1 - \tau)\, e_j + \tau\, e'_j\right),\quad \tau = 0.1\, lr \tag{DGT-4}$$
 #
-# $\text{Norm}$ divides a vector by its length. The paper prints DGT-4 with $\tau$ at the old centroid. The loop below is
-# the other form. A group without a query keeps its centroid.
+# $\text{Norm}$ divides a vector by its length. The paper prints DGT-4 with $\tau$ at the old centroid. The loop below
+# is the other form. A group without a query keeps its centroid.
 
 
 # %%
@@ -195,16 +199,16 @@ lesson.cost()
 
 # %% [markdown]
 # Dense attention grows with $L^2$, groups grow with $L$. So groups win on large maps. They lose on small ones, where
-# $k + G$ is not smaller than $L$. Windows need no grouping and are cheaper still. And a multiply-add in a group takes
+# $k + G$ is not smaller than $L$. With the paper's $G$ and $k$, windows are cheaper still. And a multiply-add in a group takes
 # longer: its keys must be collected from all over the map. The audit measures the time.
 #
 # ## 9. Does it do what the paper says?
 #
-# The paper says of its figure 3: groups "mainly contain the queries of the bird, branches, and background, and they also
-# attend to the keys of the bird, branches, and background, respectively". These are two claims, and we measure both.
-# First, do groups of queries know the object? NMI tells: zero means that they know nothing, one that they
-# are the object and the rest. Second, do queries on the object have more keys on it than the other queries have?
-# There are two nulls: networks with random weights, and the mask of another image.
+# The paper says of its figure 3: groups "mainly contain the queries of the bird, branches, and background, and they
+# also attend to the keys of the bird, branches, and background, respectively". These are two claims. We measure both.
+# First, do groups of queries know where the object is? NMI, the normalised mutual information, tells. Zero means that
+# they know nothing. One means that they are the object and the rest. Second, do queries on the object have more keys on
+# it than other queries have? There are two nulls: networks with random weights, and the mask of another image.
 
 # %%
 found = lesson.verdict()
@@ -223,8 +227,8 @@ say(lesson.in_words(found))
 Q, K, V, e = normal(1, 1, 40, 4), normal(1, 1, 40, 4), normal(1, 1, 40, 4), F.normalize(normal(1, 5, 4), dim=-1)
 once, thrice = ((assign["torch"](s * Q, e), select["torch"](s * K, e, 8)) for s in (1, 3))
 outputs = [ops.grouped_attention(s * Q, s * K, V, *once) for s in (1, 3)]
-say(f"Same groups: {torch.equal(once[0], thrice[0])}. Same keys: {torch.equal(once[1], thrice[1])}. "
-    f"Largest change of the output: {float((outputs[0] - outputs[1]).abs().max()):.2f}.")
+say(f"Same groups: {torch.equal(once[0], thrice[0])}. Same keys: {torch.equal(once[1], thrice[1])}.")
+say(f"Largest change of the output: {float((outputs[0] - outputs[1]).abs().max()):.2f}.")
 
 # %% [markdown]
 # <details><summary>An answer</summary>
@@ -234,15 +238,16 @@ say(f"Same groups: {torch.equal(once[0], thrice[0])}. Same keys: {torch.equal(on
 #
 # </details>
 #
-# **Implement.** Write `grouped_attention(q, k, v, groups, selected)`. `q` is (B, M, L, d), `k` and `v` are (B, M, S, d).
-# `groups` is (B, M, L): the group of each query. `selected` is (B, M, G, n): the numbers of the keys of each group. The
-# scale is $d^{-1/2}$. Return (B, M, L, d), in the order of the queries. `verify.check` compares it with the loops:
-# outputs and gradients. Where it is wrong, it shows the simplest case, and names the mistake if it knows it.
+# **Implement.** Write `grouped_attention(q, k, v, groups, selected)`. `q` is (B, M, L, d). `k` and `v` are
+# (B, M, S, d). `groups` is (B, M, L): the group of each query, from zero. `selected` is (B, M, G, n): the numbers of
+# the keys of each group, from zero. The scale is $d^{-1/2}$. Return (B, M, L, d), in the order of the queries.
+# `verify.check` compares it with the loops: outputs and gradients. Where it is wrong, it shows the simplest case, and
+# names the mistake if it knows it.
 
 
 # %%
 def grouped_attention(q, k, v, groups, selected):
-    ...  # your code
+    pass  # your code
 
 
 judge("grouped_attention", grouped_attention)

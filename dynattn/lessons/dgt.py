@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -34,6 +35,7 @@ MEASURED, CHOICE = 24, 1  # test images that the verdict takes; the first is set
 SEEDS = 3  # trained networks, and random ones, of the verdict
 SIDE = 128  # of the images, in pixels
 MOST = 8  # groups of the pictures, as many as colours
+MEASURES = ("nmi", "keys", "keys_off")  # of a head, as `evaluate_groups` has them
 REACH = 1.45  # of the plane that arrows are drawn in
 
 
@@ -49,7 +51,8 @@ def network() -> nn.Module:
 @cache
 def picture(index: int) -> Picture:
     """A test image as the models see it, and sharper, to be shown."""
-    return test_picture(index, (SIDE, SIDE))
+    found = test_picture(index, (SIDE, SIDE))
+    return replace(found, shown=found.shown[::2, ::2], mask=found.mask[::2, ::2])  # small, to be drawn fast
 
 
 @cache
@@ -83,7 +86,7 @@ def question() -> Lens:
     return Lens(models, Shapes("easy", "test", 512)[IMAGES[0]][0], row=row, col=col, layer=list(names.values()))
 
 
-# ------------------------------------------------------------------------------------------- the plane, and what is in it
+# --------------------------------------------------------------------------------------------------------- the plane
 
 
 def arrows(seed: int, count: int, towards: Sequence[float], spread: float = 0.35) -> Float[Tensor, "count 2"]:
@@ -129,7 +132,7 @@ def tips(ax: Axes, vectors: Float[Tensor, "n 2"], colours: Sequence[str], size: 
     ax.scatter(*vectors.T.flip(0), s=size, color=list(colours), edgecolors=style.INK, linewidths=0.6, zorder=3)
 
 
-# ------------------------------------------------------------------------------------------------------ 2: grouping
+# ------------------------------------------------------------------------------------------------------ 4: grouping
 
 
 def draw_grouping(e: tuple[float, float], G: int, query: int) -> tuple[Figure, str]:
@@ -138,16 +141,10 @@ def draw_grouping(e: tuple[float, float], G: int, query: int) -> tuple[Figure, s
     groups = dynamic_group.assign_torch(QUERIES[None, None], centroids[None])[0, 0]
     figure, (ax, likes_ax) = panels(1, 1.25, height=5.0)
     plane(ax, "thick: centroids; dots: queries, in the colour of their group")
-    angles = torch.atan2(centroids[:, 0], centroids[:, 1]).rad2deg() % 360
-    order = angles.argsort().tolist()
-    for here, (j, after) in enumerate(zip(order, order[1:] + order[:1], strict=True)):
-        before = float(angles[order[here - 1]])
-        low, high = (
-            ((float(angles[j]) - before) % 360 or 360) / 2,
-            ((float(angles[after] - angles[j])) % 360 or 360) / 2,
-        )
-        sector = (float(angles[j]) - low, float(angles[j]) + high)
-        ax.add_patch(Wedge((0, 0), 2.2, *sector, color=style.GROUPS[j], alpha=0.14, linewidth=0, zorder=0))
+    line = torch.linspace(-REACH, REACH, 240).double()
+    owners = dynamic_group.assign_torch(torch.cartesian_prod(line, line)[None, None], centroids[None])[0, 0]
+    sectors = np.array([to_rgb(style.GROUPS[j]) for j in owners.tolist()]).reshape(240, 240, 3)
+    ax.imshow(sectors, extent=(-REACH, REACH, REACH, -REACH), alpha=0.16, interpolation="nearest", zorder=0)
     tips(ax, QUERIES, [style.GROUPS[j] for j in groups.tolist()])
     for j in range(G):
         shafts(ax, centroids[j, None], style.GROUPS[j], linewidth=3.2, mutation_scale=18)
@@ -180,7 +177,7 @@ def grouping() -> Turn:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- 3: selection
+# ------------------------------------------------------------------------------------------------------- 5: selection
 
 
 def draw_selection(e: tuple[float, float], k: int, lengths: str) -> tuple[Figure, str]:
@@ -201,14 +198,14 @@ def draw_selection(e: tuple[float, float], k: int, lengths: str) -> tuple[Figure
 
     order = likes.argsort(descending=True, stable=True)
     colours = [style.ORANGE if one else "#CCCCCC" for one in taken[order].tolist()]
-    sorted_ax.bar(range(1, len(keys) + 1), likes[order], color=colours, edgecolor=style.INK, linewidth=0.5)
+    sorted_ax.bar(range(1, len(keys) + 1), likes[order].numpy(), color=colours, edgecolor=style.INK, linewidth=0.5)
     sorted_ax.axhline(bound, color=style.INK, linestyle="--", linewidth=1.2)
     sorted_ax.set(title=r"$e \cdot x_K$ of all keys, sorted; dashed: the bound", xlabel="keys", ylim=(-1.25, 1.25))
-    angle = torch.rad2deg(torch.acos((F.normalize(keys, dim=1) @ centroid).clamp(-1, 1)))
-    nearest = set(angle.argsort()[:k].tolist())
+    nearest = set((F.normalize(keys, dim=1) @ centroid).argsort(descending=True)[:k].tolist())
+    both = len(nearest & set(chosen.tolist()))
     return figure, (
-        f"{k} of {len(keys)} keys; every one has e · x_K of at least <b>{bound:.2f}</b>. {len(nearest & set(chosen.tolist()))} "
-        f"of them are among the {k} keys with the smallest angle to the centroid: {'length counts too' if lengths == 'own' else 'with one length, only the angle counts'}."
+        f"{k} of {len(keys)} keys; the least liked of them has e · x_K = <b>{bound:.2f}</b>. By their angle to the "
+        f"centroid, {both} of them are among the nearest {k}."
     )
 
 
@@ -222,7 +219,7 @@ def selection() -> Turn:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- 4: attention
+# ----------------------------------------------------------------------------------------------------- 6: attention
 
 
 def with_keys(record: DynamicGroupRecord, layer: str, head: int, k: int) -> Int[Tensor, "G k"]:
@@ -235,16 +232,18 @@ def draw_attention(query: tuple[float, float], head: int, share: float, layer: s
     """The groups of a trained layer; the keys of the group that a query (row, col), a pixel, is in; what it misses."""
     record = traced(image)[layer]
     head, at, L = min(head, record.heads - 1), record.query(*query), record.k.shape[1]
-    k, j = max(1, round(share * L)), int(record.groups[min(head, record.heads - 1), at])
+    k, j = max(1, round(share * L)), int(record.groups[head, at])
     chosen = with_keys(record, layer, head, k)[j]
     weights = record.attention(record.q[head, at, None], head, chosen)[0]
     figure, (groups_ax, keys_ax, parts) = panels(1, 1, 1.1, height=4.7)
     for ax in (groups_ax, keys_ax):
         ground(ax, picture(image))
         style.star(ax, *record.cells()[at].tolist())
-    coloured = np.array([to_rgb(style.GROUPS[i % MOST]) for i in record.groups[head].tolist()])
+    largest = int(torch.bincount(record.groups[head]).argmax())  # it stays behind
+    alphas = [0.3 if i == largest else 0.65 for i in range(record.selected.shape[1])]
+    coloured = [(*to_rgb(style.GROUPS[i % MOST]), alphas[i]) for i in record.groups[head].tolist()]
     extent = (-0.5, SIDE - 0.5, SIDE - 0.5, -0.5)
-    groups_ax.imshow(coloured.reshape(*record.query_shape, 3), extent=extent, alpha=0.55, interpolation="nearest")
+    groups_ax.imshow(np.reshape(coloured, (*record.query_shape, 4)), extent=extent, interpolation="nearest")
     groups_ax.set_title(f"head {head}: groups of queries")
     colour = style.GROUPS[j % MOST]
     style.keys(keys_ax, record.cells()[chosen].numpy(), weights.numpy(), record.stride, colour)
@@ -254,18 +253,18 @@ def draw_attention(query: tuple[float, float], head: int, share: float, layer: s
     logits = record.k[head] @ record.q[head, at] * record.scale
     taken = torch.zeros(L, dtype=torch.bool).index_fill(0, chosen, True)
     parts.scatter(likes[~taken], logits[~taken], s=14, color="#BBBBBB", label="not selected")
-    parts.scatter(
-        likes[taken], logits[taken], s=18, color=colour, edgecolors=style.INK, linewidths=0.3, label="selected"
-    )
+    edge = dict(edgecolors=style.INK, linewidths=0.3)
+    parts.scatter(likes[taken], logits[taken], s=18, color=colour, label="selected", **edge)
     parts.set(title="all keys", xlabel=r"what the group likes, $e_j \cdot x_K$")
     parts.set_ylabel(r"what the query likes, $x_Q \cdot x_K / \sqrt{d}$")
-    parts.legend(frameon=False, loc="lower right")
-    held = float(logits.softmax(-1)[chosen].sum())
-    on = float((record.groups[head] == j).float().mean())
+    parts.legend(framealpha=0.85, edgecolor="none", loc="lower right")
+    dense = logits.softmax(-1)
+    held, best = float(dense[chosen].sum()), float(dense.topk(k).values.sum())
+    on, trained = float((record.groups[head] == j).float().mean()), record.selected.shape[2]
     return figure, (
-        f"Group {j + 1} has {on:.0%} of the queries. It reads {k} of {L} keys. Dense attention would give these keys "
-        f"<b>{held:.0%}</b> of this query's attention. The layer was trained with k = {record.selected.shape[2]}; it is "
-        f"not trained again when you turn it."
+        f"Group {j + 1} has {on:.0%} of the queries and reads {k} of {L} keys. Dense attention would give them "
+        f"<b>{held:.0%}</b> of this query's attention; the best {k} for this query would get {best:.0%}. The layer was "
+        f"trained with k = {trained}; it is not trained again when you turn it."
     )
 
 
@@ -283,7 +282,7 @@ def attention() -> Turn:
     )
 
 
-# ------------------------------------------------------------------------------------------------ 5: moving centroids
+# ------------------------------------------------------------------------------------------------ 7: moving centroids
 
 STEPS, BATCH = 120, 24  # of the picture of centroids that move; queries of a step
 HEAPS = (-1.9, 0.1, 1.7)  # angles that queries come from
@@ -326,10 +325,10 @@ def draw_moving(step: int, G: int, tau: float, printed: bool) -> tuple[Figure, s
     time.axvline(step, color=style.INK, linestyle="--", linewidth=1)
     time.set(title="angle of each centroid; dotted: the heaps of queries", xlabel="step", ylabel="degrees")
     turned = np.degrees(np.arccos(np.clip((places[1:] * places[:-1]).sum(-1), -1, 1)))  # (steps, G)
-    idle = int((sizes.sum(axis=0) == 0).sum())
+    idle = int((sizes[max(step - 1, 0)] == 0).sum())
     return figure, (
-        f"In a step a centroid turns by <b>{turned[sizes > 0].mean():.2g}°</b>, mean over all {STEPS} steps and the "
-        f"groups with queries. {idle} of {G} centroids never got a query; those never move."
+        f"In a step a centroid turns by <b>{turned[sizes > 0].mean():.2g}°</b>, the mean over all {STEPS} steps and "
+        f"all groups with queries. In step {max(step, 1)}, {idle} of {G} groups have no query; their centroids stay."
     )
 
 
@@ -344,7 +343,7 @@ def moving() -> Turn:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- 6: cost
+# ----------------------------------------------------------------------------------------------------------- 8: cost
 
 
 def draw_cost(G: int, k: int, channels: int) -> tuple[Figure, str]:
@@ -355,9 +354,7 @@ def draw_cost(G: int, k: int, channels: int) -> tuple[Figure, str]:
     ax.plot(sides, found[:, 0] / 1e9, "--", color=style.INK, label="dense, DGT-5")
     ax.plot(sides, 2 * 49 * sides**2 * channels / 1e9, "--", color=style.BLUE, label="windows of 7 × 7")
     ax.plot(sides, found[:, 1] / 1e9, "o-", color=style.ORANGE, label="dynamic groups, DGT-6")
-    ax.set(
-        xscale="log", yscale="log", title="G multiply-adds of one layer's attention", xlabel="side of the map, cells"
-    )
+    ax.set(xscale="log", yscale="log", title="attention of one layer, G multiply-adds", xlabel="side of the map, cells")
     ax.legend(frameon=False)
     ratio.plot(sides, found[:, 2], "o-", color=style.ORANGE)
     ratio.axhline(1, color=style.INK, linewidth=1)
@@ -387,7 +384,7 @@ def cost() -> Turn:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- 7: verdict
+# -------------------------------------------------------------------------------------------------------- 9: verdict
 
 
 def of_heads(found: dict, kind: str) -> Float[np.ndarray, " heads"]:
@@ -430,9 +427,6 @@ def verdict() -> list[dict[str, dict]]:
     return found
 
 
-MEASURES = ("nmi", "keys", "keys_off")
-
-
 def in_words(found: dict[str, list[dict]]) -> str:
     """What `verdict` measured, and what follows."""
     lines, numbers = [], {}
@@ -443,21 +437,25 @@ def in_words(found: dict[str, list[dict]]) -> str:
                 f"| {name}, seed {seed} | {nmi.mean():.2f} | {other.mean():.2f} | {on.mean():.0%} | {off.mean():.0%} | "
                 f"{(on > off).sum()} of {len(on)} |"
             )
-            numbers.setdefault(name, []).append((nmi.mean(), other.mean(), (on > off).sum(), len(on)))
-    own, other, same, heads = (np.array(numbers["trained"])[:, i] for i in range(4))
-    random, _, random_same, random_heads = (np.array(numbers["random weights"])[:, i] for i in range(4))
+            row = nmi.mean(), other.mean(), (on > off).sum(), len(on), np.abs(on - off).mean()
+            numbers.setdefault(name, []).append(row)
+    own, other, same, heads, apart = np.array(numbers["trained"]).T
+    random, _, random_same, random_heads, random_apart = np.array(numbers["random weights"]).T
     finds = own.min() > 1.5 * max(random.max(), other.max())
     reads = same.sum() / heads.sum() > max(0.5, random_same.sum() / random_heads.sum())
     return "\n".join(
         [
-            "| network | NMI of groups and object | another image's mask | keys on the object, of queries on it "
-            "| of the other queries | heads where queries on it have more |",
+            "| network | NMI of groups and object | NMI with another image's mask | keys on the object, of queries "
+            "on it | keys on the object, of the other queries | heads where queries on it have more |",
             "| --- " * 6 + "|",
             *lines,
             "",
-            f"{MEASURED - CHOICE} test images, means over all heads. **Verdict.** Groups of queries "
-            f"{'find' if finds else 'do not find'} the object, and queries on the object "
-            f"{'read' if reads else 'do not read'} the object more than other queries do: "
+            f"{MEASURED - CHOICE} test images, means over all heads. The two shares of a head differ by "
+            f"{apart.mean():.0%} in trained networks and by {random_apart.mean():.0%} in random ones, so trained "
+            f"keys depend on whether the query is on the object.",
+            "",
+            f"**Verdict.** Groups of queries {'find' if finds else 'do not find'} the object, and queries on the "
+            f"object {'read' if reads else 'do not read'} the object more than other queries do: "
             f"{int(same.sum())} of {int(heads.sum())} heads do so, and {int(random_same.sum())} of "
             f"{int(random_heads.sum())} heads of random networks.",
         ]
