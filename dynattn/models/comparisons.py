@@ -34,6 +34,10 @@ class AfterLocalConv(nn.Module):
         super().__init__()
         self.local, self.block = LocalConv(dim), block
 
+    def set_input_size(self, **sizes) -> None:
+        """Of timm's block; the convolution takes any size."""
+        self.block.set_input_size(**sizes)
+
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         return self.block(self.local(x))
 

@@ -110,13 +110,16 @@ def build(
         """The model from the user's options and from what timm adds to them out of the configuration."""
         known = signature(make).parameters
         given = {key: value for key, value in given.items() if key in options or key in known or takes_any(make)}
+        given = arguments | given | held
+        if isinstance(given.get("img_size"), list):  # out of a file: JSON has no tuples
+            given["img_size"] = tuple(given["img_size"])
         with nullcontext() if device is None else torch.device(device):
-            model = make(**arguments | given | held)
+            model = make(**given)
         if features_only:
             check_stages_wanted(name, model.feature_info, out_indices, output_stride)
             if out_indices is None:
                 features["out_indices"] = tuple(range(len(model.feature_info)))
-        model._traits = dict(first_conv=configuration(make, arguments | given | held).get("first_conv"))
+        model._traits = dict(first_conv=configuration(make, given).get("first_conv"))
         model.register_load_state_dict_pre_hook(resize_tables)
         return model if dtype is None else model.to(dtype)
 
@@ -161,7 +164,7 @@ def check_stages_wanted(name: str, stages: list[dict], out_indices: object, outp
     if not len(wanted) or not all(-count <= i < count for i in wanted):
         raise ValueError(
             f"out_indices: {name} has stages 0 to {count - 1}, got {out_indices!r}; an encoder of "
-            f"segmentation_models_pytorch takes encoder_depth={count + 1} or less"
+            f"segmentation_models_pytorch takes encoder_depth={min(count + 1, 5)} or less"
         )
     stride = max(stages[i]["reduction"] for i in wanted)
     if output_stride not in (None, stride):

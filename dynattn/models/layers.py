@@ -207,7 +207,7 @@ class Backbone(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the model one for images of this size (H, W): what depends on it is resized, as a checkpoint would be.
 
-        Any size is accepted at run time without it; `trace` and timm's data pipeline bring images to this one.
+        Any size is accepted at run time without it; `trace` brings images to this one.
         """
         self.img_size = core.pair("img_size", img_size)
         update_model_input_size(self, self.img_size)
