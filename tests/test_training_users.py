@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import Tensor, nn
 
-from dynattn import cost, create_model
+from dynattn import cli, cost, create_model, training
 from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
 
 SMALL = dict(img_size=32, dims=(16, 32), depths=(1, 1), heads=(1, 2), groups=2, keys=4, head_dim=16, num_classes=3)
@@ -264,6 +264,18 @@ def test_an_unused_offset_network_is_counted_and_saved():
     with_offsets, without = (create_model("dat_mini", **DAT, offsets=offsets) for offsets in (True, False))
     assert cost.count(with_offsets, 32).params == cost.count(without, 32).params
     assert with_offsets.state_dict().keys() == without.state_dict().keys()
+
+
+def test_train_tells_what_stopped_it_in_a_line(monkeypatch, capsys):
+    """torch's own errors too: out of memory, a process that was lost."""
+
+    def lost(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(training, "train", lost)
+    monkeypatch.delenv("DYNATTN_DEBUG", raising=False)
+    assert cli.main(["train", "dat_mini"]) == 2
+    assert capsys.readouterr().err == "dynattn: error: Connection closed by peer\n"
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ def draw(
     paper's models, published (.pth) or ours (.safetensors); what has checkpoints of its own is left out. model: the
     name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default `figures`, or
     NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random networks.
-    An entry is what conditions.json has of a figure: file, caption, weights, images, versions, measures, nulls.
+    An entry is what conditions.json has of a figure, with four digits: file, caption, weights, images, versions,
+    measures, nulls.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay, and so
     does what differs by no more than another machine's rounding.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.

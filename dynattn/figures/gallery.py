@@ -22,8 +22,8 @@ CONDITIONS, README = "conditions.json", "README.md"
 
 
 def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
-    """All that there is to know about a figure, or about a table that is drawn; numbers with four digits."""
-    everything = {
+    """All that there is to know about a figure, or about a table that is drawn."""
+    return {
         "paper": paper,
         "paper_name": setting.paper.name,
         "figure": number,
@@ -39,14 +39,14 @@ def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setti
         "versions": {"python": platform.python_version(), "dynattn": __version__}
         | {name: version(name) for name in ("torch", "timm", "numpy", "matplotlib")},
     }
-    return rounded(everything)
 
 
 def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
     """Put a figure into the folder, and its entry among those of the other figures there. Files are replaced whole.
 
-    Where the folder has the same figure but for noise, picture and entry stay as they are.
+    Numbers get four digits. Where the folder has the same figure but for noise, picture and entry stay as they are.
     """
+    new = rounded(new)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
     key = lambda one: (one["paper"], isinstance(one["figure"], str), one["figure"])  # noqa: E731  (tables come last)
