@@ -1,7 +1,7 @@
 """What the notebooks share: computed text and tables, figures in a tenth of the bytes, the library's own code.
 
     from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, show, source, table
-    from dynattn.figures.notebook import gallery, ledger, measured, recorded  # what the repository holds of a paper
+    from dynattn.figures.notebook import ledger, measured, recorded  # what the repository holds of a paper
 
 Needs the extra `notebooks` (IPython).
 """
@@ -89,11 +89,6 @@ def measured(entries: Mapping[Any, dict]) -> None:
             other = "" if one["other"] is None else f"{one['other']:.2f}"
             rows.append((figure, one["name"], f"{one['trained']:.2f}", random, other, one["n"]))
     table(("figure", "measure", "trained", "random weights", "another image's mask", "images"), rows)
-
-
-def gallery(entries: Mapping[Any, dict], place: Path = GALLERY) -> None:
-    """The pictures of some figures, linked and not embedded: a notebook stays small, and shows what the gallery has."""
-    say("\n\n".join(f"**{number}**\n\n![{number}]({place / entry['file']})" for number, entry in entries.items()))
 
 
 def ledger(paper: str, **numbers: str) -> None:

@@ -34,7 +34,7 @@ import dynattn
 from dynattn import core, cost, official, ops, verify, weights
 from dynattn.bench import deformable as bench
 from dynattn.figures.measures import propagate
-from dynattn.figures.notebook import gallery, ledger, measured, recorded, show
+from dynattn.figures.notebook import ledger, measured, recorded, show
 from dynattn.figures.subjects import test_picture
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
@@ -460,8 +460,8 @@ source(kernel.pays)
 # %% [markdown]
 # ## The models
 #
-# Table 1, read from the models themselves. In stages 3 and 4 a pair of blocks is (window, deformable). In stages 1 and
-# 2 it is (window, shifted window).
+# Table 1, read from the models themselves. In stages 3 and 4 a pair of blocks is (window, deformable).
+# In stages 1 and 2 it is (window, shifted window).
 
 # %%
 rows = []
@@ -681,32 +681,36 @@ for name in (name for name in weights.available() if name.startswith("dat_mini")
     shares = [f"{live[key]:.2f}" for key in ("attention", "attention_other", "points", "points_other")]
     rows.append((f"`{name}`", *shares, f"{live['layers'][live['best']]['points_ratio']:.2f}"))
 table((f"{few} images", "attention on the object", "null", "points on the object", "null", "best layer"), rows)
-head = (f"`dat_mini`, {whole['n']} images", "share on the object", "null", "times the null")
-kinds = ("attention", "points")
-table(
-    head,
-    [
-        (
-            kind,
-            f"{whole[kind]:.3f} ± {whole[kind + '_se']:.3f}",
-            f"{whole[kind + '_other']:.3f}",
-            f"{whole[kind + '_ratio']:.1f}",
-        )
-        for kind in kinds
-    ],
-)
+rows = []
+for kind in ("attention", "points"):
+    share, error, null, ratio = (whole[kind + end] for end in ("", "_se", "_other", "_ratio"))
+    rows.append((kind, f"{share:.3f} ± {error:.3f}", f"{null:.3f}", f"{ratio:.1f}"))
+table((f"`dat_mini`, {whole['n']} images", "share on the object", "null", "times the null"), rows)
 say("Nulls: other images' masks. Points gather on the object a little. Attention then picks the points that did.")
 
 # %% [markdown]
-# The figures are in the [gallery](../../figures/README.md). Figure 4 has one small network for each range $s$. Figure 5
-# shows the most important keys: attention is propagated from the output back through the deformable layers. The paper
-# does not give the rule. This is the one here:
+# The figures are in the [gallery](../../figures/README.md). Figure 4 has one small network for each range $s$.
+#
+# ![Figure 4](../../figures/dat_4_offset_range.png)
+#
+# Figure 5 shows the most important keys: attention is propagated from the output back through the deformable layers.
+#
+# ![Figure 5](../../figures/dat_5_important_keys.png)
+#
+# The paper does not give the rule. This is the one here:
 
 # %%
 source(propagate)
-gallery(figures)
 
 # %% [markdown]
+# Figure 6 shows the deformed points of both maps, and the grid that they left.
+#
+# ![Figure 6](../../figures/dat_6_deformed_points.png)
+#
+# Figure 7 shows what two queries read, beside a Swin of the same size that was trained alike.
+#
+# ![Figure 7](../../figures/dat_7_attention.png)
+#
 # What these pictures do **not** show:
 #
 # - The set is procedural and easy: one object that differs in colour, in front of a blurred photograph. The networks

@@ -33,7 +33,7 @@ from einops import rearrange
 import dynattn
 from dynattn import cost, ops, verify, weights
 from dynattn.bench import grouped as bench
-from dynattn.figures.notebook import gallery, ledger, measured, recorded, show
+from dynattn.figures.notebook import ledger, measured, recorded, show
 from dynattn.figures.subjects import load_subject, test_picture
 from dynattn.kernels import grouped as kernel
 from dynattn.lessons import agree, begin, normal, say, source, table
@@ -748,14 +748,15 @@ for name in (name for name in networks if name.startswith("dgt_mini")):
     assert audit.all_heads(live[name]) > 2 * audit.all_heads(live["random weights"])
 
 # %% [markdown]
-# The figures are in the [gallery](../../figures/README.md). Figure 3: some groups of queries and the keys that they
-# select. Figure 6: the first stage, every pair of columns is a group of queries and its keys. Table 4b, in small: half
-# as many groups, or half as many keys.
-
-# %%
-gallery(figures)
-
-# %% [markdown]
+# The figures are in the [gallery](../../figures/README.md). Figure 3 shows some groups of queries and the keys that
+# they select.
+#
+# ![Figure 3](../../figures/dgt_3_groups.png)
+#
+# Figure 6 shows the first stage. Every pair of columns is a group of queries and its keys.
+#
+# ![Figure 6](../../figures/dgt_6_pairs.png)
+#
 # The paper describes its figure 3 so: groups are those "of the bird, branches, and background, and they also attend to
 # the keys of the bird, branches, and background, respectively". The first half holds here. The second depends on the
 # head:
@@ -782,7 +783,9 @@ say(
 )
 
 # %% [markdown]
-# **Table 4b** by its numbers:
+# **Table 4b**, in small: half as many groups, or half as many keys.
+#
+# ![Table 4b](../../figures/dgt_table4b_groups_and_keys.png)
 
 # %%
 sweep, rows, unseen = audit.sweep(), [], []
