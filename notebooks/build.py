@@ -1,4 +1,6 @@
-"""Make the notebooks from their sources: `python notebooks/build.py [NAME ...]`.
+"""Make the notebooks from their sources: `python notebooks/build.py [NAME ...]`, all of them without a name.
+
+A lesson's name is that of its file, as 01_dat; an audit's stands in its folder, as audit/01_dat.
 
 The percent script is what one reads and edits; the notebook beside it is the same with what its cells put out. Two
 runs give the same file, but for what a cell measures by the clock: cells are numbered, and neither the times they ran
@@ -15,6 +17,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
+NAMES = sorted(str(source.relative_to(FOLDER).with_suffix("")) for source in FOLDER.rglob("[0-9]*.py"))
 TIMEOUT = 120  # seconds for a cell
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -49,10 +52,9 @@ def execute(source: Path) -> NotebookNode:
 
 
 def main(names: Sequence[str]) -> None:
-    sources = [FOLDER / f"{name}.py" for name in names] or sorted(FOLDER.glob("[0-9]*.py"))
-    for source in sources:
-        nbformat.write(execute(source), source.with_suffix(".ipynb"))
-        print(source.with_suffix(".ipynb").name)
+    for name in names or NAMES:
+        nbformat.write(execute(FOLDER / f"{name}.py"), FOLDER / f"{name}.ipynb")
+        print(f"{name}.ipynb")
 
 
 if __name__ == "__main__":

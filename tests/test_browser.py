@@ -374,3 +374,24 @@ def test_lens_in_a_notebook(serve, page, traces, application, trait, folder):
             panel, head = Shown(page, number), (0, 1)[number]
             panel.wait(row=8, col=120, layer=layer, head=head)
             agrees(panel.read(), traces[name], 8, 120, layer, head, packed=False)
+
+
+# ------------------------------------------------------------------------------------------- the length of a lesson
+
+SCREENS, SCREEN = 18, (1366, 768)
+NOTEBOOKS = ROOT / "notebooks"
+LESSONS = sorted(file.stem for file in NOTEBOOKS.glob("[0-9]*.py") if (NOTEBOOKS / "audit" / file.name).exists())
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_has_few_screens(browser, tmp_path, name):
+    """As it is saved, with its pictures, and folded answers folded; MathJax is not needed to measure."""
+    nbconvert = pytest.importorskip("nbconvert", reason="needs nbconvert: pip install 'dynattn[notebooks]'")
+    saved = tmp_path / "lesson.html"
+    saved.write_text(nbconvert.HTMLExporter(template_name="lab").from_filename(str(NOTEBOOKS / f"{name}.ipynb"))[0])
+    page = browser.new_page(viewport=dict(zip(("width", "height"), SCREEN, strict=True)))
+    page.route("http*://**", lambda route: route.abort())  # scripts of others; the page itself is a file
+    page.goto(saved.as_uri(), wait_until="load", timeout=PATIENCE)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.close()
+    assert 3 < height / SCREEN[1] <= SCREENS

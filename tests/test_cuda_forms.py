@@ -20,14 +20,8 @@ from dynattn.kernels import cuda_forms
 
 CAN, WHERE = cuda_forms.available()
 ROOT = Path(__file__).parents[1]
-T = 4 if cuda_forms.SIMULATED else cuda_forms.T  # threads are slow to simulate
+T = cuda_forms.T
 runs = pytest.mark.skipif(not CAN, reason=f"{WHERE}; test_in_the_simulator runs it")
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Simulated kernels read T at every call; compiled ones keep theirs."""
-    monkeypatch.setattr(cuda_forms, "T", T)
 
 
 def case(B=1, h=1, L=2 * T + 1, S=2 * T + 3, d=T, G=3, n=T, groups=None, seed=0) -> dict:

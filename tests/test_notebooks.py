@@ -1,5 +1,9 @@
-"""The committed notebooks are their sources, executed without a complaint, and light. nbmake runs them besides."""
+"""The committed notebooks are their sources, executed without a complaint, and light. nbmake runs them besides.
 
+Lessons are taught from, and short. Audits, in their own folder, are for looking things up.
+"""
+
+import ast
 import importlib.util
 import re
 from functools import cache
@@ -11,9 +15,14 @@ import pytest
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NAMES = sorted(source.stem for source in FOLDER.glob("[0-9]*.py"))
-LARGEST = 3_000_000  # bytes
+AUDITS = sorted(f"audit/{source.stem}" for source in (FOLDER / "audit").glob("[0-9]*.py"))
+LESSONS = sorted(name for source in FOLDER.glob("[0-9]*.py") if f"audit/{(name := source.stem)}" in AUDITS)
+NAMES = sorted(source.stem for source in FOLDER.glob("[0-9]*.py")) + AUDITS
+LARGEST = {name: 1_500_000 for name in NAMES} | {"00_tour": 3_000_000}  # bytes
 ABSOLUTE = re.compile(r"(?<![\w.~/-])/(?:home|root|tmp|work|Users|opt|mnt|private|workspace)/|\b[A-Z]:\\\\?\w")
+
+CELLS = 30  # of a lesson
+EQUATIONS = {"DAT": 11, "DGT": 17}
 
 # What may hold digits in prose: code, formulas, links, equation tags, and the numbers of things in the paper.
 NUMBERED = r"(?:[Tt]ables?|[Ff]orms?|[Ff]igures?|[Ee]quations?|[Ss]tages?|[Ss]ections?|CVPR)\s\d+[a-z]?"
@@ -26,6 +35,10 @@ NO_PROSE = [
     r"\[\d\d_\w+",
     r"\b[A-Z]{2,}-\d+\b",
     NUMBERED + r"(?:(?:, | and | to )\d+)*",
+    r"(?m:^#+ \d+\.)",  # the number of a section
+    r"\d+ minutes",  # that a lesson takes
+    r"\b0\b",  # where counting starts
+    r"\((?:[A-Z]+, )+\d\)",  # a shape
 ]
 
 
@@ -65,8 +78,9 @@ def numbers_in(prose: str) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"00_tour", "01_dat"} <= set(NAMES)
-    assert NAMES == sorted(file.stem for file in FOLDER.glob("*.ipynb"))
+    assert {"00_tour", "01_dat", "audit/01_dat", "audit/04_dgt"} <= set(NAMES)
+    assert sorted(NAMES) == build().NAMES
+    assert sorted(NAMES) == sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in FOLDER.rglob("*.ipynb"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +103,7 @@ def test_outputs_are_pictures_and_text_and_nothing_else(name):
     assert {"image/png", "image/jpeg"} & kinds
     assert "text/markdown" in kinds
     for output in outputs(name):
-        assert output.output_type in ("display_data", "stream"), output
+        assert output.output_type in ("display_data", "execute_result", "stream"), output
         assert output.get("name", "stdout") == "stdout", output.text
 
 
@@ -104,7 +118,7 @@ def test_metadata_tells_no_time_and_no_machine(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_light(name):
-    assert (FOLDER / f"{name}.ipynb").stat().st_size < LARGEST
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < LARGEST[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,10 +145,13 @@ def test_absolute_paths_are_found():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name):
-    for cell in notebook(name).cells:
-        if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
-                assert (FOLDER / target).exists(), target
+    """Of the prose, and of what cells put out, as pictures of the gallery."""
+    here = (FOLDER / name).parent
+    prose = [cell.source for cell in notebook(name).cells if cell.cell_type == "markdown"]
+    prose += [output.data["text/markdown"] for output in outputs(name) if "text/markdown" in output.get("data", {})]
+    for text in prose:
+        for target in re.findall(r"\]\(([^)#\s]+\.\w+)\)", text):
+            assert (here / target).exists(), target
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +164,87 @@ def test_paths_in_the_text_exist(name):
                 assert (root / path).exists() or (root / "dynattn" / path).exists(), path
 
 
-def test_dat_has_every_equation_once():
-    prose = "\n".join(cell.source for cell in notebook("01_dat").cells if cell.cell_type == "markdown")
-    tags = [int(number) for number in re.findall(r"\\tag\{DAT-(\d+)\}", prose)]
-    assert sorted(tags) == list(range(1, 12))
+# ------------------------------------------------------------------------------------------------ lessons and audits
+
+
+def code_cells(name: str) -> list[NotebookNode]:
+    return [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+
+
+def lines_of(text: str) -> int:
+    """Lines that are not empty."""
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
+def visible_lines(name: str) -> int:
+    """Code that a reader of a notebook sees: in its cells, and of the library where a cell shows it."""
+    shown = [output.data.get("text/markdown", "") for output in outputs(name) if "data" in output]
+    of_library = re.findall(r"```python\n(.*?)```", "\n".join(shown), flags=re.DOTALL)
+    return sum(map(lines_of, [cell.source for cell in code_cells(name)] + of_library))
+
+
+def words(name: str) -> int:
+    """Words of the prose; an equation is one word, an empty line of a table none."""
+    prose = "\n".join(cell.source for cell in notebook(name).cells if cell.cell_type == "markdown")
+    prose = re.sub(r"```.*?```", "", prose, flags=re.DOTALL)
+    prose = re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "x", prose, flags=re.DOTALL)
+    return len(re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", re.sub(r"<[^>]*>|\]\([^)]*\)", " ", prose)))
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_is_taught_in_fifty_minutes(name):
+    """tests/test_browser.py counts its screens."""
+    sizes = {"cells": len(notebook(name).cells), "lines of code": visible_lines(name), "words": words(name)}
+    limits = {"cells": CELLS, "lines of code": 180, "words": 1600}
+    assert {what: (size, limits[what]) for what, size in sizes.items() if size > limits[what]} == {}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_begins_with_three_lines_and_draws_elsewhere(name):
+    first, *others = code_cells(name)
+    assert lines_of(first.source) == 3
+    assert not any(re.search(r"matplotlib|pyplot|\bplt\b", cell.source) for cell in (first, *others))
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_no_cell_of_an_audit_is_long(name):
+    assert [cell.source for cell in notebook(name).cells if len(cell.source.splitlines()) > 30] == []
+
+
+GLOBALS = r"mock\.patch|rcParams|os\.environ|set_num_threads|^(?:import )?\w+(?:\.\w+)* = \w+\.\w+ = "
+
+
+@pytest.mark.parametrize("name", LESSONS + AUDITS)
+def test_a_notebook_sets_no_global_of_others(name):
+    """Neither a switch of a library, nor a name of a module that it imports."""
+    for cell in code_cells(name):
+        assert not re.search(GLOBALS, cell.source, flags=re.MULTILINE), cell.source
+        assert [target for target in assigned(cell.source) if target in imported_names(name)] == []
+
+
+def assigned(code: str) -> list[str]:
+    """The names in front of the dot where code assigns an attribute: `core` in `core.x = 1`."""
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
+    return [node.value.id for node in nodes if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)]
+
+
+def imported_names(name: str) -> set[str]:
+    """What a notebook calls the things that it imports."""
+    code = "\n".join(cell.source for cell in code_cells(name))
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
+
+
+def test_globals_are_found():
+    assert assigned("core.x = 1\ny = 2\nz.w += 3") == ["core", "z"]
+    assert re.search(GLOBALS, "plt.rcParams['x'] = 1") and re.search(GLOBALS, "with mock.patch.object(core, 'x', y):")
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_every_equation_stands_in_lesson_or_audit_and_in_none_twice(name):
+    paper = name.split("_")[1].upper()
+    own = [stem for stem in (name, name.removeprefix("audit/")) if stem in NAMES]
+    prose = {stem: "\n".join(cell.source for cell in notebook(stem).cells) for stem in own}
+    tags = {stem: re.findall(rf"\\tag\{{({paper}-\d+)\}}", text) for stem, text in prose.items()}
+    assert all(len(found) == len(set(found)) for found in tags.values())
+    assert set().union(*tags.values()) == {f"{paper}-{number}" for number in range(1, EQUATIONS[paper] + 1)}

@@ -1,7 +1,7 @@
 """What the notebooks share: computed text and tables, figures in a tenth of the bytes, the library's own code.
 
     from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, show, source, table
-    from dynattn.figures.notebook import GALLERY, measured, recorded, shipped  # the figures of the repository
+    from dynattn.figures.notebook import ledger, measured, recorded  # what the repository holds of a paper
 
 Needs the extra `notebooks` (IPython).
 """
@@ -11,12 +11,10 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import PIL.Image
 import torch
 from IPython.display import Image, Markdown, display
 from jaxtyping import Float
@@ -24,11 +22,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dynattn import verify, weights
+from dynattn import papers, verify, weights
 
 from . import style
 
-GALLERY = Path("../figures")  # from the folder of the notebooks: what `dynattn figures` drew
+PLACES = (Path("../figures"), Path("../../figures"))  # from a lesson's folder, and from an audit's
+GALLERY = next((place for place in PLACES if place.is_dir()), PLACES[0])  # what `dynattn figures` drew
 INKS = [style.ORANGE, style.BLUE, "#009E73", "#CC79A7", style.GREY]  # Okabe and Ito: all colour vision tells them apart
 HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
 JPEG = {"format": "jpeg", "pil_kwargs": {"quality": 88}}
@@ -65,14 +64,6 @@ def show(figure: Figure, dpi: int = 90) -> None:
     display(Image(picture.getvalue()))
 
 
-def shipped(file: str | PathLike, side: int = 1150) -> None:
-    """A picture from a file, smaller."""
-    small, picture = io.BytesIO(), PIL.Image.open(file).convert("RGB")
-    picture.thumbnail((side, side))
-    picture.save(small, format="jpeg", quality=85)
-    display(Image(small.getvalue()))
-
-
 def recorded(paper: str, gallery: Path = GALLERY) -> dict[int | str, dict[str, Any]]:
     """The entries of a paper's figures by their numbers, as conditions.json has them.
 
@@ -98,6 +89,16 @@ def measured(entries: Mapping[Any, dict]) -> None:
             other = "" if one["other"] is None else f"{one['other']:.2f}"
             rows.append((figure, one["name"], f"{one['trained']:.2f}", random, other, one["n"]))
     table(("figure", "measure", "trained", "random weights", "another image's mask", "images"), rows)
+
+
+def ledger(paper: str, **numbers: str) -> None:
+    """Every row of a paper's ledger, with computed numbers in the places of their names. All names must be given."""
+    rows = []
+    for number, row in enumerate(papers.ledger(paper), 1):
+        said = (text.format(**numbers) for text in (row.paper, row.code, row.consequence))
+        named = (", ".join(f"`{name}`" for name in names) for names in (row.argument, row.test))
+        rows.append((number, *said, *named))
+    table(("", "the paper says", "the code does", "consequence", "argument", "test"), rows)
 
 
 def agree(

@@ -64,9 +64,9 @@ from numba import config, cuda, float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-T = 16  # side of a tile; a constant of compiled kernels, so to be changed before the first launch
 ZERO = np.float32(0)
 SIMULATED = bool(config.ENABLE_CUDASIM)
+T = 4 if SIMULATED else 16  # side of a tile, a constant of the compiled kernels; threads are slow to simulate
 MOST_BLOCKS = 65535  # along the second and third direction of a grid
 
 # Z counts heads of images; C: channels of a head; z, l, c, i: indices of head, query, channel and group; n: number of a

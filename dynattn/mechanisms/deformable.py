@@ -187,7 +187,7 @@ class DeformableAttention(nn.Module):
     position_bias: "relative" (DAT-9), "fixed" (a table of its own for each query and point), "dwconv" (a depthwise
     3 x 3 of the queries added to the output), or None (Table 6).
 
-    Where text and published code part (see the ledger in notebook 01_dat), the defaults are the code's:
+    Where text and published code part (ledger: papers/dat.toml), the defaults are the code's:
     reference: "centre" of the cells, or "corner", from -1 to +1, as the text has it.
     offset_unit: "half_cell", 1 / H_G, or "cell", one step of the reference grid, as the text implies.
     offset_norm: LayerNorm in the offset network or not.

@@ -12,7 +12,7 @@ In a group: P = x_Q x_K^T (DGT-11), P^ = softmax(P / sqrt(d)) (DGT-12), Y = P^ x
 
     dx_Q = dP x_K  (DGT-14)    dx_K^T = x_Q^T dP  (DGT-15)    dP^ = dY x_V^T  (DGT-16)    dx_V = P^^T dY  (DGT-17)
 
-where the printed equations 4, 12, 13 and 17 differ, which `as_printed` computes, and 16: notebook 04_dgt, ledger.
+where the printed equations 4, 12, 13 and 17 differ, which `as_printed` computes, and 16: ledger, papers/dgt.toml.
 Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 L G C + k G log L.
 """
 
@@ -228,7 +228,7 @@ class DynamicGroupAttention(nn.Module):
     dim, heads: C and H.  groups: G.  keys: k, may be changed at any time; min(k, L) are read.  cosine: normalised
     queries and keys with a learned temperature for each head (DGT-S and B).  position_encoding: a conditional one (CPE,
     a depthwise 3 x 3) in front, for the places of other blocks (Table 5).  as_printed: numbers of the equations 4, 12,
-    13 and 17 that shall be taken as the paper prints them; see the ledger in notebook 04_dgt.  attn_drop: the share of
+    13 and 17 that shall be taken as the paper prints them; see the ledger, papers/dgt.toml.  attn_drop: the share of
     the attention weights that training drops, always in the torch form.
 
     Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to

@@ -6,7 +6,7 @@
     between     2 x 2 patches, LayerNorm: half the side, twice the channels
     head        LayerNorm, global average, Linear
 
-The published code and the text disagree in places (ledger: notebook 01_dat). `variant="official"` follows the code,
+The published code and the text disagree in places (ledger: papers/dat.toml). `variant="official"` follows the code,
 which the published checkpoints need; `variant="paper"` follows the text:
 
     keyword         "official"        "paper"
