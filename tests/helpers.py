@@ -32,7 +32,7 @@ def layouts(tensor: Tensor) -> list[Tensor]:
     return [transposed, strided]
 
 
-DRAWS = 32  # of which the median is taken: one draw may be lucky or unlucky
+DRAWS = 64  # of which the median is taken: one draw may be lucky or unlucky
 
 
 def in_dtype(values: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:

@@ -264,7 +264,7 @@ READS = {"sample_points", "deformable_attention", "detr_attention"}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds it to the nearest: kernels need 3.3 times.
 CUTS = {"triton"} if frame.INTERPRETED else set()
 
-SLOW = {impl: pytest.mark.slow for impl in CUTS}  # 32 draws in the interpreter take their time
+SLOW = {impl: pytest.mark.slow for impl in CUTS}  # so many draws in the interpreter take their time
 IN_DTYPES = [
     pytest.param(*form, dtype, marks=SLOW.get(form[1], ())) for form in FORMS for dtype in (torch.float32, *LOW)
 ]
