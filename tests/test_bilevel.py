@@ -17,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops, verify
-from dynattn.kernels import frame
+from dynattn.kernels import operators
 from dynattn.kernels import grouped as operator
 from dynattn.mechanisms import bilevel
 from dynattn.mechanisms.bilevel import membership, readable_first
 
 ROOT = Path(__file__).parents[1]
-HAS_TRITON = frame.INSTALLED["triton"] and find_spec("dynattn.kernels.grouped_triton") is not None
+HAS_TRITON = operators.INSTALLED["triton"] and find_spec("dynattn.kernels.grouped_triton") is not None
 KERNELS = ["numba", "triton"] if HAS_TRITON else ["numba"]
 FAST = ["torch", *KERNELS]
 
@@ -332,7 +332,7 @@ def test_auto_is_the_kernel(monkeypatch):
         monkeypatch.setitem(bilevel.FORMS, name, lambda q, *_, name=name: used.append(name) or q)
     arguments = inputs(*SIZES["several of each"])
     ops.routed_attention(*arguments)
-    monkeypatch.setitem(frame.INSTALLED, "numba", False)
+    monkeypatch.setitem(operators.INSTALLED, "numba", False)
     ops.routed_attention(*arguments)
     assert used == ["numba", "torch"]
     assert bilevel.FORMS.keys() == {"loops", "torch", "numba", "triton"}

@@ -614,7 +614,7 @@ def test_inputs_that_are_not_contiguous():
 
 def test_auto_is_the_kernel_on_the_cpu(monkeypatch):
     """DGT-2: the module and the operation take the fastest form; without numba that of torch."""
-    from dynattn.kernels import frame
+    from dynattn.kernels import operators
 
     used = []
     for name, table in product(FAST, (dynamic_group.FORMS, ASSIGN, SELECT)):
@@ -622,7 +622,7 @@ def test_auto_is_the_kernel_on_the_cpu(monkeypatch):
         monkeypatch.setitem(table, name, lambda *a, name=name, form=form: used.append(name) or form(*a))
     module, x = layer(), normal(1, 3, 3, 8)
     expected = module(x)
-    monkeypatch.setitem(frame.INSTALLED, "numba", False)
+    monkeypatch.setitem(operators.INSTALLED, "numba", False)
     torch.testing.assert_close(module(x), expected)
     assert used == ["numba"] * 3 + ["torch"] * 3
 

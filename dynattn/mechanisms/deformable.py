@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dynattn import core, tracing
 from dynattn.kernels import deformable as kernel
+from dynattn.kernels import operators
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -106,7 +107,8 @@ def _kernel(backend: str) -> Callable:
     """The operator of a backend as a form."""
 
     def form(q, k, v, points, table, query_shape, query_grid, scale):
-        return kernel.OPERATORS[backend](q, k, v, points, table, *query_shape, query_grid == "centre", scale)[0]
+        centre = query_grid == "centre"
+        return operators.apply(kernel.OPERATORS[backend], q, k, v, points, table, *query_shape, centre, scale)[0]
 
     return form
 
@@ -117,6 +119,13 @@ FORMS = {
     "numba": _kernel("numba"),
     "triton": _kernel("triton"),
 }
+
+operators.has_plain_form(
+    "deformable_attention",
+    lambda q, k, v, points, table, H, W, centre, scale: deformable_attention_torch(
+        q, k, v, points, table, (H, W), "centre" if centre else "corner", scale
+    ),
+)
 
 
 def deformable_attention(
@@ -146,7 +155,7 @@ def deformable_attention(
     if sizes["h"] % sizes["g"]:
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
     pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
-    form = core.implementation("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
+    form = core.form_of("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
     scale = core.scale_or_default(scale, sizes["d"])
     return form(q, k, v, points, table, (H, W), query_grid, scale).to(q.dtype)  # under autocast forms differ
 
@@ -193,6 +202,8 @@ class DeformableAttention(nn.Module):
     For small nets that should place points well: offset_zero_init, and clamp, which keeps points on the map.
     """
 
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+
     def __init__(
         self,
         dim: int,
@@ -234,6 +245,7 @@ class DeformableAttention(nn.Module):
         elif position_bias is not None:
             H, W = self.map_size
             relative = position_bias == "relative"
+            self.forms = tuple(FORMS if relative else core.DENSE_ATTENTION)
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
             nn.init.trunc_normal_(self.table, std=0.01)
@@ -248,9 +260,10 @@ class DeformableAttention(nn.Module):
         k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
         q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
         if self.position_bias == "fixed":
-            z = core.dense_attention_torch(q_heads, k, v, table, k.shape[-1] ** -0.5)
+            z = core.dense_attention(q_heads, k, v, bias=table, impl=self.implementation)
         else:
-            z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference)  # DAT-9
+            options = dict(query_grid=self.reference, impl=self.implementation)
+            z = deformable_attention(q_heads, k, v, points, table, shape, **options)  # DAT-9
         if self.position_bias == "dwconv":
             z = z + rearrange(
                 self.dwconv(rearrange(q, "B H W C -> B C H W")), "B (h d) H W -> B h (H W) d", h=self.heads
@@ -271,13 +284,14 @@ class DeformableAttention(nn.Module):
             pooled = F.avg_pool2d(rearrange(x, "B H W C -> B C H W"), self.stride, ceil_mode=True)
             return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
         raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))  # DAT-7
-        cell = [1 / n if self.offset_unit == "half_cell" else 2 / max(n - 1, 1) for n in grid]
-        delta = self.offset_range * raw.tanh() * raw.new_tensor(cell)  # Delta p <- s tanh(Delta p)
+        cell = [1 / n if self.offset_unit == "half_cell" else 2 / torch.sym_max(n - 1, 1) for n in grid]
+        delta = self.offset_range * raw.tanh()  # Delta p <- s tanh(Delta p), in cells
+        delta = torch.stack([delta[..., 0] * cell[0], delta[..., 1] * cell[1]], dim=-1)
         points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
         if self.clamp:
             points = points.clamp(-1, 1)
         features = rearrange(x, "B H W (g c) -> (B g) c H W", g=self.groups)
-        sampled = core.sample_points(features, points.flatten(0, 1))  # DAT-7, DAT-8
+        sampled = core.sample_points(features, points.flatten(0, 1), impl=self.implementation)  # DAT-7, DAT-8
         return rearrange(sampled, "(B g) c N -> B N (g c)", B=B), points, references
 
     def table_for(self, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "h I J"] | None:

@@ -24,6 +24,8 @@ class DenseAttention(nn.Module):
     start, at most 100 (Swin Transformer V2, arXiv 2111.09883, section 3.3). Source: DGT section 3.3, stage 4 (GSA).
     """
 
+    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+
     def __init__(self, dim: int, heads: int, *, cosine: bool = False):
         super().__init__()
         self.dim, self.heads = dim, core.divisor("heads", heads, dim)
@@ -37,7 +39,7 @@ class DenseAttention(nn.Module):
         if self.temperature is not None:
             q = F.normalize(q, dim=-1) * self.temperature.clamp(max=log(100)).exp()
             q, k, scale = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), 1.0  # under autocast, v has less precision
-        z = core.dense_attention(q, k, v, scale=scale)  # DAT-2
+        z = core.dense_attention(q, k, v, scale=scale, impl=self.implementation)  # DAT-2
         if tracing.recording():
             tracing.keep(self, DenseRecord(q[0], k[0], v[0], z[0], shape, scale=scale))
         return self.proj(core.merge_heads(z, shape))  # DAT-3

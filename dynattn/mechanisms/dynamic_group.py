@@ -18,6 +18,7 @@ Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from dynattn import core, tracing
 from dynattn.kernels import grouped as kernel
+from dynattn.kernels import operators
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -85,8 +87,6 @@ def grouped_attention_loops(
 # 2. Torch
 # ---------------------------------------------------------------------------------------------------------------------
 
-TILE = 32  # queries of one group that are multiplied together
-
 
 def likes_torch(x: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"]) -> Float[Tensor, "B h G S"]:
     """e_j . x_i, equal for equal x: a matrix product may sum them in another order at another place."""
@@ -114,22 +114,7 @@ def grouped_attention_torch(
     scale: float,
 ) -> Float[Tensor, "B h L d"]:
     """DGT-2 in tiles: queries sorted by group, each group cut into tiles of 32, each tile with its group's keys."""
-    (B, h, L, d), S, G = q.shape, k.shape[2], selected.shape[2]
-    head = torch.arange(B * h, device=q.device)
-    group = (groups.flatten(0, 1) + head[:, None] * G).flatten()  # among the groups of all heads
-    order = group.argsort(stable=True)
-    size = torch.bincount(group, minlength=B * h * G)
-    tiles = -(-size // TILE)  # of every group
-    rank = torch.arange(B * h * L, device=q.device) - (size.cumsum(0) - size)[group[order]]  # of a query in its group
-    place = (tiles.cumsum(0) - tiles)[group[order]] * TILE + rank
-    of_tile = torch.arange(B * h * G, device=q.device).repeat_interleave(tiles)  # the group of a tile
-
-    tiled = q.new_zeros(len(of_tile) * TILE, d).index_copy(0, place, q.reshape(-1, d)[order])
-    keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
-    k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
-    tiled = rearrange(tiled, "(t T) d -> t 1 T d", T=TILE)
-    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale).reshape(-1, d)  # DGT-2
-    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z[place]).reshape(q.shape)
+    return kernel.in_tiles(q, k, v, groups, selected, None, scale)
 
 
 def membership(groups: Int[Tensor, "B h L"], selected: Int[Tensor, "B h G n"], S: int) -> Bool[Tensor, "B h L S"]:
@@ -177,7 +162,7 @@ def _kernel(backend: str) -> Callable:
 
     def form(q, k, v, groups, selected, scale):
         lengths = torch.full(selected.shape[:3], selected.shape[3], dtype=torch.int64, device=q.device)
-        return kernel.OPERATORS[backend](q, k, v, groups, selected, lengths, scale)[0]
+        return operators.apply(kernel.OPERATORS[backend], q, k, v, groups, selected, lengths, scale)[0]
 
     return form
 
@@ -212,8 +197,20 @@ def grouped_attention(
     core.check_indices("groups", groups, q, (B, h, L), G)
     core.check_indices("selected", selected, q, (B, h, G, n), S)
     core.require(kernel.distinct(selected, S), "selected: expected distinct keys in every group, got one twice")
-    form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
-    return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))  # DGT-2
+    return attend(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]), impl)
+
+
+def attend(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    scale: float,
+    impl: str,
+) -> Float[Tensor, "B h L d"]:
+    """The operation, of groups and keys that need no check."""
+    return core.form_of("grouped_attention", impl, FORMS, q, kernel.pays)(q, k, v, groups, selected, scale)  # DGT-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,8 +229,10 @@ class DynamicGroupAttention(nn.Module):
     Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to
     their groups' sums; `update_centroids`, once an optimiser step, moves them (DGT-3, DGT-4) and starts the sums anew.
     Groups without a query keep theirs, and so do groups with a query that is NaN. Groups and selection have no gradient
-    and are computed in float32 or better.
+    and are computed in float32 or better. Inside transforms of torch.func nothing is added to the sums.
     """
+
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
 
     def __init__(
         self,
@@ -276,9 +275,7 @@ class DynamicGroupAttention(nn.Module):
         if self.as_printed - {4}:
             z = as_printed_attention(q, k, v, groups, selected, scale, self.as_printed)
         else:
-            z = core.implementation("grouped_attention", "auto", FORMS, q, kernel.pays)(
-                q, k, v, groups, selected, scale
-            )
+            z = attend(q, k, v, groups, selected, scale, self.implementation)
         if tracing.recording():
             tracing.keep(self, DynamicGroupRecord(q, k, v, z, groups, selected, scale, shape, self.as_printed))
         return self.proj(core.merge_heads(z, shape))
@@ -289,13 +286,13 @@ class DynamicGroupAttention(nn.Module):
     ) -> tuple[Int[Tensor, "B h L"], Int[Tensor, "B h G n"]]:
         """Groups of the queries and the keys that each selects (DGT-1)."""
         precise = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
+        autocast = torch.amp.is_autocast_available(q.device.type)  # not where tensors have no numbers: "meta"
+        with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
-            groups = core.implementation("assign", "auto", ASSIGN, q, kernel.pays)(q, e)
-            n = min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
-            selected = core.implementation("select", "auto", SELECT, k, kernel.pays)(k, e, n)  # DGT-1
-            # A backward pass that computes the forward again (activation checkpointing) must not count it twice.
-            if self.training and torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled():
+            groups = core.form_of("assign", self.implementation, ASSIGN, q, kernel.pays)(q, e)
+            n = torch.sym_min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
+            selected = core.form_of("select", self.implementation, SELECT, k, kernel.pays)(k, e, n)  # DGT-1
+            if self.training and counts():
                 self.collect(q, groups)
         return groups, selected
 
@@ -341,6 +338,18 @@ class DynamicGroupAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"
+
+
+def counts() -> bool:
+    """Whether this forward pass is one of training, whose queries move the centroids.
+
+    A backward pass that computes the forward again (activation checkpointing) must not count it twice. What inference
+    mode makes cannot be added to outside of it.
+    """
+    if torch.compiler.is_compiling():  # a graph that is computed again adds nothing again
+        return not core.exporting() and not torch.is_inference_mode_enabled()
+    again = torch._C._current_graph_task_id() != -1
+    return not again and not core.transforming() and not torch.is_inference_mode_enabled()
 
 
 def multiply_adds(L: int, C: int, groups: int, keys: int) -> tuple[float, float, float]:
