@@ -19,6 +19,7 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from operator import index
 
@@ -99,6 +100,18 @@ def require(held: Tensor | bool, message: str) -> None:
         raise ValueError(message)
 
 
+def counts() -> bool:
+    """Whether this forward pass is one of training, from which a layer may collect.
+
+    A backward pass that computes the forward again (activation checkpointing) must not count it twice. What inference
+    mode makes cannot be added to outside of it.
+    """
+    if torch.compiler.is_compiling():  # a graph that is computed again adds nothing again
+        return not exporting() and not torch.is_inference_mode_enabled()
+    again = torch._C._current_graph_task_id() != -1
+    return not again and not transforming() and not torch.is_inference_mode_enabled()
+
+
 def one_of(name: str, value: object, allowed: tuple) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -162,9 +175,14 @@ def grid_points(shape: tuple[int, int], grid: str, like: Tensor) -> Float[Tensor
     return torch.stack([rows, cols], dim=-1).flatten(0, 1)
 
 
+def stretch(points: Float[Tensor, "*batch 2"], by: Sequence[float]) -> Float[Tensor, "*batch 2"]:
+    """Rows times one number, columns times another. A traced graph would keep the numbers of a tensor of both."""
+    return torch.stack([points[..., 0] * by[0], points[..., 1] * by[1]], dim=-1)
+
+
 def to_pixels(points: Float[Tensor, "*batch 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
     """Normalised (row, col) to pixels of an H x W map: (p + 1)(H - 1) / 2."""
-    return torch.stack([(points[..., axis] + 1) * (shape[axis] - 1) / 2 for axis in (0, 1)], dim=-1)
+    return stretch(points + 1, (shape[0] - 1, shape[1] - 1)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

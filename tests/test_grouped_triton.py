@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dynattn import bench, core, ops, verify
 from dynattn.bench import cuda
-from dynattn.kernels import operators
 from dynattn.kernels import grouped as operator
+from dynattn.kernels import operators
 from dynattn.mechanisms.dynamic_group import (
     ASSIGN,
     FORMS,

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops, verify
 from dynattn.kernels import deformable as deformable_operator
-from dynattn.kernels import operators, simd, threads
+from dynattn.kernels import operators, simd
 from dynattn.kernels import sampling as sampling_operator
+from dynattn.kernels import threads as team
 from dynattn.mechanisms import deformable
 
 ROOT = Path(__file__).parents[1]
@@ -237,13 +238,13 @@ def test_gradcheck(operation, backend):
     assert torch.autograd.gradcheck(first, arguments, eps=1e-6, atol=1e-6, fast_mode=backend == "triton")
 
 
-def test_second_derivatives_are_refused():
-    """A kernel has first derivatives only, and says so; the torch form has all."""
-    arguments = operator_arguments("sample_points")
-    out = ops.sample_points(*arguments, impl="numba")
-    (slope,) = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="sample_points_numba: .* first derivatives only; impl='torch'"):
-        torch.autograd.grad(slope.square().sum(), arguments[0])
+def test_the_backward_operator_has_no_derivatives():
+    """That of a backend, which nobody calls by hand: the message names the switch."""
+    x, points = normal(1, 2, 3, 4).requires_grad_(), somewhere(1, 5)
+    (out,) = sampling_operator.OPERATORS["numba"](x, points)
+    slope = torch.ops.dynattn.sample_points_numba_backward(torch.ones_like(out), out, x, points)[0]
+    with pytest.raises(RuntimeError, match=r'sample_points_numba_backward: .* dynattn.implementation\("torch"\)'):
+        slope.sum().backward()
 
 
 def test_forward_mode_is_refused_and_auto_does_without():
@@ -303,7 +304,7 @@ def test_compile_with_dynamic_shapes(operation):
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True, timeout=600)
 
 
-# --------------------------------------------------------------------------------------------------------------- frame
+# ------------------------------------------------------------------------------------------------------------- threads
 
 
 def test_the_answer_does_not_depend_on_threads():
@@ -343,21 +344,21 @@ def count_up(begin, end, counts):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_item_is_one_thread_s(team, threads, monkeypatch):
     if not team:
-        monkeypatch.setattr(threads, "_team", lambda: None)
+        monkeypatch.setattr(team, "_team_of_torch", lambda: None)
     torch.set_num_threads(threads)
     for count in (1, 2, 19, 1000):
         counts = np.zeros(count, np.int64)
-        threads.in_parallel(count_up, count, counts)
+        team.in_parallel(count_up, count, counts)
         assert (counts == 1).all()
     counts[count // 3] = 7
     with pytest.raises(ValueError, match="seven"):
-        threads.in_parallel(count_up, count, counts)
+        team.in_parallel(count_up, count, counts)
     torch.set_num_threads(1)
 
 
 @pytest.mark.skipif(not torch.backends.openmp.is_available() or sys.platform != "linux", reason="wants torch's OpenMP")
 def test_torch_s_threads_are_found():
-    assert threads._team() is not None
+    assert team._team_of_torch() is not None
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import DOUBLE, normal
 
-from dynattn.kernels import grouped_numba, simd, threads
 from dynattn.kernels import grouped as operator
+from dynattn.kernels import grouped_numba, simd, threads
 
 DTYPES = [np.float32, np.float64]
 SOME = [(False, False, False), (True, False, False), (False, True, True), (True, True, True)]  # of a, b, c in a @ b = c

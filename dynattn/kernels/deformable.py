@@ -72,6 +72,7 @@ def table_places(
     return places, step * (size - 1) / 4, size
 
 
+NAME = "deformable_attention"
 # A batch of vmap becomes heads, with groups of points and a table of their own: the table has no dimension of images.
 FOLD = (1, 1, 1, 1, 0, None, None, None, None)
-OPERATORS = operators.operators("deformable_attention", forward, backward, flops, file="deformable", fold=FOLD)
+OPERATORS = operators.operators(NAME, forward, backward, flops, file="deformable", fold=FOLD)

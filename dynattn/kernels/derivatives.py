@@ -33,8 +33,7 @@ def differentiable_gradients(
 
     with torch.enable_grad():
         _, pull_back = torch.func.vjp(of_wanted, *(x for x, want in zip(inputs, wanted, strict=True) if want))
-        found = pull_back(grad)
-    found = iter(found if torch.is_grad_enabled() else [x.detach() for x in found])
+        found = iter(pull_back(grad))
     return [next(found) if want else None for want in wanted]
 
 

@@ -42,7 +42,7 @@ ON_THREAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
-def _team() -> Callable | None:
+def _team_of_torch() -> Callable | None:
     """Runs a function on each thread of torch's own team (OpenMP); None where torch has none that we can call."""
     try:
         run = ctypes.CDLL(None).GOMP_parallel  # of GNU's library; LLVM's and Intel's have it too
@@ -58,7 +58,7 @@ def _on_threads(count: int, work: Callable[..., None]) -> None:
     Torch's threads wait for their next work in a loop, for milliseconds, and threads of our own would share the cores
     with them. A forked process has threads of its own: a team does not survive a fork.
     """
-    if (run := _team()) and not dynattn.FORKED:
+    if (run := _team_of_torch()) and not dynattn.FORKED:
         return run(ON_THREAD(work), None, count, 0)
     others = [Thread(target=work, name="dynattn") for _ in range(count - 1)]
     for thread in others:

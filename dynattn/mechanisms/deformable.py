@@ -107,8 +107,8 @@ def _kernel(backend: str) -> Callable:
     """The operator of a backend as a form."""
 
     def form(q, k, v, points, table, query_shape, query_grid, scale):
-        centre = query_grid == "centre"
-        return operators.apply(kernel.OPERATORS[backend], q, k, v, points, table, *query_shape, centre, scale)[0]
+        inputs = q, k, v, points, table, *query_shape, query_grid == "centre", scale
+        return operators.apply(kernel.OPERATORS[backend], *inputs)[0]
 
     return form
 
@@ -120,11 +120,9 @@ FORMS = {
     "triton": _kernel("triton"),
 }
 
+
 operators.has_plain_form(
-    "deformable_attention",
-    lambda q, k, v, points, table, H, W, centre, scale: deformable_attention_torch(
-        q, k, v, points, table, (H, W), "centre" if centre else "corner", scale
-    ),
+    kernel.NAME, lambda *x: deformable_attention_torch(*x[:5], x[5:7], "centre" if x[7] else "corner", x[8])
 )
 
 
@@ -259,11 +257,11 @@ class DeformableAttention(nn.Module):
         heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads).to(points.dtype)  # noqa: E731
         k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
         q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
+        impl = self.implementation
         if self.position_bias == "fixed":
-            z = core.dense_attention(q_heads, k, v, bias=table, impl=self.implementation)
+            z = core.dense_attention(q_heads, k, v, bias=table, impl=impl)
         else:
-            options = dict(query_grid=self.reference, impl=self.implementation)
-            z = deformable_attention(q_heads, k, v, points, table, shape, **options)  # DAT-9
+            z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference, impl=impl)  # DAT-9
         if self.position_bias == "dwconv":
             z = z + rearrange(
                 self.dwconv(rearrange(q, "B H W C -> B C H W")), "B (h d) H W -> B h (H W) d", h=self.heads
@@ -285,8 +283,7 @@ class DeformableAttention(nn.Module):
             return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
         raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))  # DAT-7
         cell = [1 / n if self.offset_unit == "half_cell" else 2 / torch.sym_max(n - 1, 1) for n in grid]
-        delta = self.offset_range * raw.tanh()  # Delta p <- s tanh(Delta p), in cells
-        delta = torch.stack([delta[..., 0] * cell[0], delta[..., 1] * cell[1]], dim=-1)
+        delta = core.stretch(self.offset_range * raw.tanh(), cell)  # Delta p <- s tanh(Delta p)
         points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
         if self.clamp:
             points = points.clamp(-1, 1)

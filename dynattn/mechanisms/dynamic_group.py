@@ -292,7 +292,7 @@ class DynamicGroupAttention(nn.Module):
             groups = core.form_of("assign", self.implementation, ASSIGN, q, kernel.pays)(q, e)
             n = torch.sym_min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
             selected = core.form_of("select", self.implementation, SELECT, k, kernel.pays)(k, e, n)  # DGT-1
-            if self.training and counts():
+            if self.training and core.counts():
                 self.collect(q, groups)
         return groups, selected
 
@@ -338,18 +338,6 @@ class DynamicGroupAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, groups={self.groups}, keys={self.keys}"
-
-
-def counts() -> bool:
-    """Whether this forward pass is one of training, whose queries move the centroids.
-
-    A backward pass that computes the forward again (activation checkpointing) must not count it twice. What inference
-    mode makes cannot be added to outside of it.
-    """
-    if torch.compiler.is_compiling():  # a graph that is computed again adds nothing again
-        return not core.exporting() and not torch.is_inference_mode_enabled()
-    again = torch._C._current_graph_task_id() != -1
-    return not again and not core.transforming() and not torch.is_inference_mode_enabled()
 
 
 def multiply_adds(L: int, C: int, groups: int, keys: int) -> tuple[float, float, float]:
