@@ -39,12 +39,13 @@ def cases() -> dict:
     q, k, v = normal(1, 2, 4, 3), normal(1, 2, 5, 3), normal(1, 2, 5, 3)
     routed = lambda q, k, v, impl: ops.routed_attention(q, k, v, ROUTES, impl=impl)  # noqa: E731
     deform = lambda *tensors, impl: ops.deformable_attention(*tensors, (2, 2), impl=impl)  # noqa: E731
+    sample = lambda x, points, impl: ops.sample_points(x, points, impl=impl)  # noqa: E731
     return {
         "grouped_attention": (grouped, [q, k, v]),
         "routed_attention": (routed, [normal(1, 2, 2, 2, 3), normal(1, 2, 3, 2, 3), normal(1, 2, 3, 2, 3)]),
         "deformable_attention": (deform, [q, k, v, somewhere(1, 1, 5), normal(2, 3, 3)]),
-        "sample_points": (lambda x, points, impl: ops.sample_points(x, points, impl=impl), [normal(1, 2, 3, 4), somewhere(1, 5)]),
-    }  # fmt: skip
+        "sample_points": (sample, [normal(1, 2, 3, 4), somewhere(1, 5)]),
+    }
 
 
 OPERATIONS = ("grouped_attention", "routed_attention", "deformable_attention", "sample_points")
@@ -184,7 +185,7 @@ def test_second_derivatives(operation, impl):
 
 
 def test_second_derivatives_of_dense_attention():
-    """Also where one tensor is queries, keys and values, and with a bias without slope, which torch's fused form takes."""
+    """Also where one tensor is queries, keys and values; torch's fused form takes a bias only if it has no slope."""
     q, bias = normal(1, 2, 4, 3).requires_grad_(), normal(2, 4, 4)
     for added in (None, bias, bias.requires_grad_()):
         function = lambda q: ops.dense_attention(q, q.sin(), q, bias=added)  # noqa: B023, E731

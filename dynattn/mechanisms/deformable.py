@@ -221,9 +221,8 @@ class DeformableAttention(nn.Module):
         clamp: bool = False,
     ):
         super().__init__()
-        core.divisor("heads", heads, dim)
-        core.divisor("groups", groups, heads)
-        core.positive("stride", stride)
+        self.heads, self.groups = core.divisor("heads", heads, dim), core.divisor("groups", groups, heads)
+        self.stride = core.positive("stride", stride)
         if core.positive("kernel", kernel) % 2 == 0:
             raise ValueError(f"kernel: expected an odd number, got {kernel}")  # an even one has no centre to pad around
         core.one_of("position_bias", position_bias, ("relative", "fixed", "dwconv", None))
@@ -231,7 +230,6 @@ class DeformableAttention(nn.Module):
         core.one_of("offset_unit", offset_unit, ("half_cell", "cell"))
         if not 0 <= offset_range < math.inf:
             raise ValueError(f"offset_range: expected a finite number of at least 0, got {offset_range}")
-        self.heads, self.groups, self.stride = heads, groups, stride
         self.dim, self.map_size = dim, core.pair("map_size", map_size)
         self.offset_range, self.offsets, self.position_bias = offset_range, offsets, position_bias
         self.reference, self.offset_unit, self.clamp = reference, offset_unit, clamp
@@ -241,8 +239,7 @@ class DeformableAttention(nn.Module):
         if position_bias == "dwconv":
             self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         elif position_bias is not None:
-            H, W = self.map_size
-            relative = position_bias == "relative"
+            (H, W), relative = self.map_size, position_bias == "relative"
             self.forms = tuple(FORMS if relative else core.DENSE_ATTENTION)
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
@@ -257,11 +254,11 @@ class DeformableAttention(nn.Module):
         heads_of = lambda t: rearrange(t, "B N (h d) -> B h N d", h=self.heads).to(points.dtype)  # noqa: E731
         k, v = heads_of(self.k(sampled)), heads_of(self.v(sampled))  # DAT-6
         q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
-        impl = self.implementation
         if self.position_bias == "fixed":
-            z = core.dense_attention(q_heads, k, v, bias=table, impl=impl)
+            z = core.dense_attention(q_heads, k, v, bias=table, impl=self.implementation)
         else:
-            z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference, impl=impl)  # DAT-9
+            how = dict(query_grid=self.reference, impl=self.implementation)
+            z = deformable_attention(q_heads, k, v, points, table, shape, **how)  # DAT-9
         if self.position_bias == "dwconv":
             z = z + rearrange(
                 self.dwconv(rearrange(q, "B H W C -> B C H W")), "B (h d) H W -> B h (H W) d", h=self.heads
