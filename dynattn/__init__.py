@@ -3,17 +3,24 @@
 Names are loaded when they are first used, so that `import dynattn` costs next to nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+FORKED = False  # whether this process is a fork of one that had imported this package: torch's threads are not here
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(FORKED=True))
+
 _FROM = {
     "create_model": "dynattn.models",
+    "implementation": "dynattn.kernels.choice",
     "list_models": "dynattn.models",
     "load_official": "dynattn.official",
     "register_model": "dynattn.models",
     "trace": "dynattn.tracing",
+    "use_implementation": "dynattn.kernels.choice",
 }
 _MODULES = (
     "core",
@@ -32,6 +39,8 @@ _MODULES = (
 __all__ = ["__version__", *_FROM, *_MODULES]
 
 if TYPE_CHECKING:
+    from dynattn.kernels.choice import implementation as implementation
+    from dynattn.kernels.choice import use_implementation as use_implementation
     from dynattn.models import create_model as create_model
     from dynattn.models import list_models as list_models
     from dynattn.models import register_model as register_model

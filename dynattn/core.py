@@ -20,7 +20,7 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from numbers import Real
 from operator import index
 
@@ -30,7 +30,9 @@ from einops import rearrange
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from dynattn.kernels import frame, sampling
+from dynattn.kernels import derivatives, operators, sampling
+from dynattn.kernels.choice import exporting, form_of, surely  # noqa: F401  (for mechanisms)
+from dynattn.kernels.derivatives import transforming  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -83,17 +85,19 @@ def check_indices(name: str, indices: object, like: Tensor, shape: tuple[int, ..
     check_kind(name, indices, torch.int64, like)
     if tuple(indices.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
+    if indices.is_meta:  # there are no values
+        return
     if torch.compiler.is_compiling():
         require(((indices >= 0) & (indices < below)).all(), f"{name}: expected values from 0 to {below - 1}")
     else:
-        frame.check(name, indices, 0, below - 1)
+        operators.check(name, indices, 0, below - 1)
 
 
 def require(held: Tensor | bool, message: str) -> None:
     """Raise ValueError unless something holds; a compiled graph raises RuntimeError, when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(held, message)
-    elif not held:
+    elif not (isinstance(held, Tensor) and held.is_meta) and not operators.beneath(torch.as_tensor(held)).all():
         raise ValueError(message)
 
 
@@ -104,6 +108,18 @@ def remind(count: int, limit: int, message: str) -> int:
     if count + 1 == limit:
         warnings.warn(message, stacklevel=3)
     return count + 1
+
+
+def counts() -> bool:
+    """Whether this forward pass is one of training, from which a layer may collect.
+
+    A backward pass that computes the forward again (activation checkpointing) must not count it twice. What inference
+    mode makes cannot be added to outside of it.
+    """
+    if torch.compiler.is_compiling():  # a graph that is computed again adds nothing again
+        return not exporting() and not torch.is_inference_mode_enabled()
+    again = torch._C._current_graph_task_id() != -1
+    return not again and not transforming() and not torch.is_inference_mode_enabled()
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:
@@ -154,36 +170,6 @@ def scale_or_default(scale: float | None, d: int) -> float:
     return float(scale)
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives are being taken, as by torch.func.jvp."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def implementation(
-    operation: str, impl: str, forms: Mapping[str, Callable], like: Tensor, pays: Callable[[str], bool] | None = None
-) -> Callable:
-    """The form of an operation that `impl` names, for tensors on the device of `like`.
-
-    "auto" is the kernel for that device (numba for the CPU, triton for CUDA) if there is one and `pays(backend)` says
-    that it is the faster, else the vectorised torch form.
-    Raises ValueError when `impl` is no form of any operation, or none of this one, or cannot run on the device, and
-    says why: nothing falls back in silence.
-    """
-    one_of("impl", impl, ("auto", "loops", "torch", "numba", "triton"))
-    if impl == "auto":
-        kernel = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
-        can = kernel in forms and pays is not None and not forward_mode() and not frame.unavailable(kernel, like.device)
-        return forms[kernel if can and pays(kernel) else "torch"]
-    if impl not in forms:
-        raise ValueError(f"impl: {operation} has no {impl!r} kernel here, only {', '.join(map(repr, forms))} or 'auto'")
-    why = frame.unavailable(impl, like.device) if impl in frame.BACKENDS else None
-    if impl in frame.BACKENDS and forward_mode():
-        why = why or "kernels have no forward-mode derivatives"
-    if why:
-        raise ValueError(f"impl: {impl!r} cannot run {operation} here: {why}; use 'auto' or 'torch'")
-    return forms[impl]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Coordinates
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,10 +192,14 @@ def grid_points(shape: tuple[int, int], grid: str, like: Tensor) -> Float[Tensor
     return torch.stack([rows, cols], dim=-1).flatten(0, 1)
 
 
+def stretch(points: Float[Tensor, "*batch 2"], by: Sequence[float]) -> Float[Tensor, "*batch 2"]:
+    """Rows times one number, columns times another. A traced graph would keep the numbers of a tensor of both."""
+    return torch.stack([points[..., 0] * by[0], points[..., 1] * by[1]], dim=-1)
+
+
 def to_pixels(points: Float[Tensor, "*batch 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
     """Normalised (row, col) to pixels of an H x W map: (p + 1)(H - 1) / 2."""
-    last = torch.tensor([shape[0] - 1, shape[1] - 1], dtype=points.dtype, device=points.device)
-    return (points + 1) * last / 2
+    return stretch(points + 1, (shape[0] - 1, shape[1] - 1)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,9 +239,10 @@ def sample_points_torch(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 
 SAMPLE_POINTS = {
     "loops": sample_points_loops,
     "torch": sample_points_torch,
-    "numba": lambda x, points: sampling.OPERATORS["numba"](x, points)[0],
-    "triton": lambda x, points: sampling.OPERATORS["triton"](x, points)[0],
+    "numba": lambda x, points: operators.apply(sampling.OPERATORS["numba"], x, points)[0],
+    "triton": lambda x, points: operators.apply(sampling.OPERATORS["triton"], x, points)[0],
 }
+operators.has_plain_form("sample_points", sample_points_torch)
 
 
 def sample_points(
@@ -265,7 +256,7 @@ def sample_points(
     cores it takes .4 to .9 of the kernel's time. Source: DAT section 3.2, equation 8.
     """
     bind(x=(x, "B C H W"), points=(points, "B N 2"))
-    return implementation("sample_points", impl, SAMPLE_POINTS, x)(x, points)
+    return form_of("sample_points", impl, SAMPLE_POINTS, x)(x, points)
 
 
 def bilinear_weights(points: Float[Tensor, "*batch N 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch N S"]:
@@ -305,18 +296,19 @@ def dense_attention_loops(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h N d"],
     v: Float[Tensor, "B h N d"],
-    bias: Float[Tensor, "h L N"] | None,
+    bias: Float[Tensor, "*broadcast L N"] | None,
     scale: float,
 ) -> Float[Tensor, "B h L d"]:
     """DAT-2 one number at a time: z = softmax(q k^T / sqrt(d) + bias) v."""
     (B, h, L, d), N = q.shape, k.shape[2]
+    bias = None if bias is None else bias.expand(B, h, L, N)
     z = []
     for b in range(B):
         for m in range(h):
             for l in range(L):
                 logits = [sum(q[b, m, l, c] * k[b, m, n, c] for c in range(d)) * scale for n in range(N)]
                 if bias is not None:
-                    logits = [logits[n] + bias[m, l, n] for n in range(N)]
+                    logits = [logits[n] + bias[b, m, l, n] for n in range(N)]
                 weights = softmax_loops(logits)
                 z += [sum(weights[n] * v[b, m, n, c] for n in range(N)) for c in range(d)]
     return torch.stack(z).reshape(B, h, L, d)
@@ -330,8 +322,11 @@ def dense_attention_torch(
     scale: float,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
-    """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights; `dropout` of them are dropped."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights; with all derivatives.
+
+    dropout: the share of the weights that is dropped.
+    """
+    return derivatives.attention(q, k, v, bias, scale, dropout)
 
 
 DENSE_ATTENTION = {"loops": dense_attention_loops, "torch": dense_attention_torch}
@@ -342,18 +337,24 @@ def dense_attention(
     k: Float[Tensor, "B h N d"],
     v: Float[Tensor, "B h N d"],
     *,
-    bias: Float[Tensor, "h L N"] | None = None,
+    bias: Float[Tensor, "*broadcast L N"] | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "B h L d"]:
     """Every query reads every key: z = softmax(scale q k^T + bias) v in each head.
 
-    Shapes: q (B, h, L, d); k, v (B, h, N, d); bias (h, L, N) added to the logits, or None. `scale` None is d^-0.5.
+    Shapes: q (B, h, L, d); k, v (B, h, N, d); bias added to the logits, (h, L, N), or (B, h, L, N) where B and h may
+    be 1, or None. `scale` None is d^-0.5.
     Returns (B, h, L, d). Raises TypeError, ValueError on wrong arguments. Source: DAT section 3.1, equation 2.
     """
     shapes = {"q": (q, "B h L d"), "k": (k, "B h N d"), "v": (v, "B h N d")}
-    sizes = bind(**shapes, **({} if bias is None else {"bias": (bias, "h L N")}))
-    form = implementation("dense_attention", impl, DENSE_ATTENTION, q)
+    if isinstance(bias, Tensor) and bias.ndim == 4:
+        one_or = ["1" if n == 1 else letter for n, letter in zip(bias.shape[:2], "Bh", strict=True)]
+        shapes["bias"] = (bias, " ".join([*one_or, "L", "N"]))
+    elif bias is not None:
+        shapes["bias"] = (bias, "h L N")
+    sizes = bind(**shapes)
+    form = form_of("dense_attention", impl, DENSE_ATTENTION, q)
     return form(q, k, v, bias, scale_or_default(scale, sizes["d"]))
 
 
@@ -375,12 +376,13 @@ def attention_weights(
 
 def padding_to(shape: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns to add at the bottom and right so that both sides are whole multiples."""
-    return -shape[0] % multiple[0], -shape[1] % multiple[1]
+    return tuple((side + w - 1) // w * w - side for side, w in zip(shape, multiple, strict=True))
 
 
 def pad_map(x: Num[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Num[Tensor, "*batch Hp Wp C"]:
     """Append zero rows and columns to a channels-last map; no copy when there is nothing to add."""
-    return F.pad(x, (0, 0, 0, padding[1], 0, padding[0])) if any(padding) else x
+    nothing = surely(padding[0] == 0) and surely(padding[1] == 0)
+    return x if nothing else F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
 
 
 def partition_windows(x: Num[Tensor, "B H W C"], window: tuple[int, int]) -> Num[Tensor, "n T C"]:
@@ -403,6 +405,18 @@ def relative_index(window: tuple[int, int]) -> tuple[Int[Tensor, "T T"], Int[Ten
 
 def resize_table(table: Float[Tensor, "h I J"], size: tuple[int, int]) -> Float[Tensor, "h I2 J2"]:
     """A bias table for another map or window size: bicubic, as the published fine-tuning at 384 does it."""
-    if tuple(table.shape[1:]) == size:
+    if surely(table.shape[1] == size[0]) and surely(table.shape[2] == size[1]):  # else the same by interpolation
         return table
     return F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]
+
+
+def resize_fixed(
+    table: Float[Tensor, "h L N"], old: Sequence[int], new: Sequence[int], stride: int
+) -> Float[Tensor, "h L2 N2"]:
+    """A "fixed" table for another map: bicubic over the points, then over the queries."""
+    down = [[-(-side // stride) for side in shape] for shape in (old, new)]
+    over_points = rearrange(table, "h L (HG WG) -> h L HG WG", HG=down[0][0])
+    over_points = F.interpolate(over_points, size=tuple(down[1]), mode="bicubic", align_corners=False)
+    over_queries = rearrange(over_points, "h (H W) HG WG -> h (HG WG) H W", H=old[0])
+    over_queries = F.interpolate(over_queries, size=tuple(new), mode="bicubic", align_corners=False)
+    return rearrange(over_queries, "h N H W -> h (H W) N")

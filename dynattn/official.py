@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dynattn import checkpoint_files, core, weights
-from dynattn.mechanisms.deformable import DeformableAttention, resize_fixed
+from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.models.dat import DAT
 from dynattn.models.registry import create_model, load_trained, recipe_of
@@ -95,7 +95,7 @@ def _fit_deformable_table(table: Tensor, attention: DeformableAttention) -> Tens
     if tuple(table.shape[1:]) == size or attention.position_bias == "relative":
         return core.resize_table(table, size)
     old = int(table.shape[1] ** 0.5)
-    return resize_fixed(table, (old, old), attention.map_size, attention.stride)
+    return core.resize_fixed(table, (old, old), attention.map_size, attention.stride)
 
 
 def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:

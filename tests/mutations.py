@@ -73,7 +73,7 @@ MUTATIONS = [
         "test_operations.py -k grouped_attention-numba",
     ),
     Mutation(
-        "kernels/frame.py", "like.dtype == torch.float64 else", "like.dtype == 0 else", "test_operations.py -k numba"
+        "kernels/threads.py", "like.dtype == torch.float64 else", "like.dtype == 0 else", "test_operations.py -k numba"
     ),
     # tracing
     Mutation("tracing.py", "heat = 0.5 * heat + 0.5 *", "heat = 0.4 * heat + 0.6 *", "test_tracing.py"),

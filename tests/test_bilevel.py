@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from helpers import normal
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops, verify
-from dynattn.kernels import frame
+from dynattn.kernels import operators
 from dynattn.mechanisms import bilevel
 from dynattn.mechanisms.bilevel import membership, readable_first
 
 ROOT = Path(__file__).parents[1]
-HAS_TRITON = frame.INSTALLED["triton"] and find_spec("dynattn.kernels.grouped_triton") is not None
+HAS_TRITON = operators.INSTALLED["triton"] and find_spec("dynattn.kernels.grouped_triton") is not None
 KERNELS = ["numba", "triton"] if HAS_TRITON else ["numba"]
 FAST = ["torch", *KERNELS]
 
@@ -182,15 +181,14 @@ def test_keys_that_may_be_read_come_first():
 # --------------------------------------------------------------------------------------------------- as torch operators
 
 
-def test_second_derivatives():
-    """The kernel says that it has none; the torch form has them in torch's plain attention."""
-    q, k, v, routes = inputs(1, 1, 2, 3, 2, 1, 2, 2)
-    q.requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(lambda q: run("torch")(q, k, v, routes), q)
-    (slope,) = torch.autograd.grad(run("numba")(q, k, v, routes).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="grouped_attention_numba: a kernel has first derivatives only"):
-        slope.sum().backward()
+@pytest.mark.parametrize("impl", ["torch", "numba"])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_second_derivatives(impl, has_mask):
+    """The kernel has those of the torch form."""
+    *tensors, routes = inputs(1, 1, 2, 3, 2, 2, 2, 2)
+    attend = run(impl, key_mask=mask_for(routes, 3, 2) if has_mask else None)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradgradcheck(lambda *x: attend(*x, routes), leaves, fast_mode=True)
 
 
 @pytest.mark.slow
@@ -265,7 +263,7 @@ def test_auto_is_the_kernel(monkeypatch):
         monkeypatch.setitem(bilevel.FORMS, name, lambda q, *_, name=name: used.append(name) or q)
     arguments = inputs(*SIZES["several of each"])
     ops.routed_attention(*arguments)
-    monkeypatch.setitem(frame.INSTALLED, "numba", False)
+    monkeypatch.setitem(operators.INSTALLED, "numba", False)
     ops.routed_attention(*arguments)
     assert used == ["numba", "torch"]
     assert bilevel.FORMS.keys() == {"loops", "torch", "numba", "triton"}

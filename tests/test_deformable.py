@@ -8,13 +8,13 @@ from helpers import DOUBLE, normal, somewhere
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops
+from dynattn.core import resize_fixed
 from dynattn.mechanisms import deformable
 from dynattn.mechanisms.deformable import (
     DeformableAttention,
     OffsetNetwork,
     multiply_adds,
     relative_bias,
-    resize_fixed,
 )
 
 # ------------------------------------------------------------------------------------------------------- the operation
@@ -182,7 +182,7 @@ def test_gradients_reach_the_offset_network_on_both_ways(monkeypatch):
     both = gradient_of_offsets(module, x)
     sample, attend = core.sample_points, deformable.deformable_attention
     with monkeypatch.context() as patch:
-        patch.setattr(core, "sample_points", lambda x, points: sample(x, points.detach()))
+        patch.setattr(core, "sample_points", lambda x, points, **kw: sample(x, points.detach(), **kw))
         by_bias = gradient_of_offsets(module, x)
     with monkeypatch.context() as patch:
         patch.setattr(

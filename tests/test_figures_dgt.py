@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from dynattn import cost, create_model, figures, tracing, weights
+from dynattn import cost, create_model, figures, plugins, tracing, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import dgt, draw, gallery, measures, noise, notebook, style, subjects
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dynattn import bench, core, ops, verify
 from dynattn.bench import cuda
-from dynattn.kernels import frame
 from dynattn.kernels import grouped as operator
+from dynattn.kernels import operators
 from dynattn.mechanisms.dynamic_group import (
     ASSIGN,
     FORMS,
@@ -36,10 +36,10 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.usefixtures("unchecked"),
-    pytest.mark.skipif(not frame.INSTALLED["triton"], reason="Triton is not installed"),
+    pytest.mark.skipif(not operators.INSTALLED["triton"], reason="Triton is not installed"),
 ]
 ignore_flex = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-in_the_interpreter = pytest.mark.skipif(not frame.INTERPRETED, reason="about the interpreter")
+in_the_interpreter = pytest.mark.skipif(not operators.INTERPRETED, reason="about the interpreter")
 
 
 def there(function):
@@ -233,7 +233,7 @@ def test_a_layer_on_a_cuda_device_uses_the_kernels():
     """By the device of its tensors."""
     x = SimpleNamespace(device=torch.device("cuda"))
     for forms in (ASSIGN, SELECT, FORMS):
-        assert core.implementation("it", "auto", forms, x, operator.pays) is forms["triton"]
+        assert core.form_of("it", "auto", forms, x, operator.pays) is forms["triton"]
 
 
 def test_a_layer_by_its_kernels(monkeypatch):

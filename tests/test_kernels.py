@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops, verify
 from dynattn.kernels import deformable as deformable_operator
-from dynattn.kernels import frame, simd
+from dynattn.kernels import operators, simd
 from dynattn.kernels import sampling as sampling_operator
+from dynattn.kernels import threads as team
 from dynattn.mechanisms import deformable
 
 ROOT = Path(__file__).parents[1]
@@ -179,13 +180,13 @@ def test_gradcheck(operation, backend):
     assert torch.autograd.gradcheck(first, arguments, eps=1e-6, atol=1e-6, fast_mode=backend == "triton")
 
 
-def test_second_derivatives_are_refused():
-    """A kernel has first derivatives only, and says so; the torch form has all."""
-    arguments = operator_arguments("sample_points")
-    out = ops.sample_points(*arguments, impl="numba")
-    (slope,) = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="sample_points_numba: .* first derivatives only; impl='torch'"):
-        torch.autograd.grad(slope.square().sum(), arguments[0])
+def test_the_backward_operator_has_no_derivatives():
+    """That of a backend, which nobody calls by hand: the message names the switch."""
+    x, points = normal(1, 2, 3, 4).requires_grad_(), somewhere(1, 5)
+    (out,) = sampling_operator.OPERATORS["numba"](x, points)
+    slope = torch.ops.dynattn.sample_points_numba_backward(torch.ones_like(out), out, x, points)[0]
+    with pytest.raises(RuntimeError, match=r'sample_points_numba_backward: .* dynattn.implementation\("torch"\)'):
+        slope.sum().backward()
 
 
 def test_forward_mode_is_refused_and_auto_does_without():
@@ -246,7 +247,7 @@ def test_compile_with_dynamic_shapes(operation):
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True, timeout=600)
 
 
-# --------------------------------------------------------------------------------------------------------------- frame
+# ------------------------------------------------------------------------------------------------------------- threads
 
 
 def test_the_answer_does_not_depend_on_threads():
@@ -286,21 +287,21 @@ def count_up(begin, end, counts):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_item_is_one_thread_s(team, threads, monkeypatch):
     if not team:
-        monkeypatch.setattr(frame, "_team", lambda: None)
+        monkeypatch.setattr(team, "_team_of_torch", lambda: None)
     torch.set_num_threads(threads)
     for count in (1, 2, 19, 1000):
         counts = np.zeros(count, np.int64)
-        frame.in_parallel(count_up, count, counts)
+        team.in_parallel(count_up, count, counts)
         assert (counts == 1).all()
     counts[count // 3] = 7
     with pytest.raises(ValueError, match="seven"):
-        frame.in_parallel(count_up, count, counts)
+        team.in_parallel(count_up, count, counts)
     torch.set_num_threads(1)
 
 
 @pytest.mark.skipif(not torch.backends.openmp.is_available() or sys.platform != "linux", reason="wants torch's OpenMP")
 def test_torch_s_threads_are_found():
-    assert frame._team() is not None
+    assert team._team_of_torch() is not None
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
@@ -364,19 +365,19 @@ def test_auto_is_the_kernel_where_it_pays(monkeypatch):
     large = deformable_case(B=8, h=8, g=1, shape=(64, 64), N=1, d=1, table=None)
     ops.deformable_attention(*deformable_case())
     ops.deformable_attention(*large)
-    monkeypatch.setitem(frame.INSTALLED, "numba", False)
+    monkeypatch.setitem(operators.INSTALLED, "numba", False)
     ops.deformable_attention(*large)
     assert used == ["torch", "numba", "torch"]
 
 
 def test_what_cannot_run_says_why(monkeypatch):
     x, points = normal(1, 1, 2, 2), somewhere(1, 1)
-    monkeypatch.setattr(frame, "INTERPRETED", False)
+    monkeypatch.setattr(operators, "INTERPRETED", False)
     with pytest.raises(ValueError, match="impl: 'triton' cannot run sample_points here: .* CUDA devices, .* on cpu"):
         ops.sample_points(x, points, impl="triton")
     with pytest.raises(ValueError, match="impl: 'numba' cannot run sample_points here: .* on the CPU, .* on meta"):
         ops.sample_points(x.to("meta"), points.to("meta"), impl="numba")
-    monkeypatch.setitem(frame.INSTALLED, "numba", False)
+    monkeypatch.setitem(operators.INSTALLED, "numba", False)
     with pytest.raises(ValueError, match="impl: 'numba' cannot run sample_points here: numba is not installed"):
         ops.sample_points(x, points, impl="numba")
 
@@ -389,7 +390,7 @@ def test_importing_does_not_import_numba():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not frame.INSTALLED["triton"], reason="Triton is not installed")
+@pytest.mark.skipif(not operators.INSTALLED["triton"], reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_triton_s_kernels_compile_for_a_gpu(dtype):
     """Without one: the calls as they are. Nothing in float64 goes through float32, the scale neither."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import dynattn
 from dynattn import core, official
-from dynattn.mechanisms.deformable import resize_fixed
+from dynattn.core import resize_fixed
 
 NAMES = list(published_dat.SIZES)
 BIG = [pytest.param(name, marks=pytest.mark.slow) if "base" in name else name for name in NAMES]

@@ -16,7 +16,7 @@ from helpers import in_dtype, in_float32, median_errors
 from torch import Tensor
 
 from dynattn import core, verify
-from dynattn.kernels import deformable, frame, grouped, sampling
+from dynattn.kernels import deformable, grouped, operators, sampling
 from dynattn.mechanisms import bilevel, dynamic_group
 from dynattn.mechanisms.window import Layout
 from dynattn.verify.cases import OPERATIONS
@@ -35,11 +35,11 @@ def forms_of(operation: str) -> dict[str, Callable]:
 
 def can_run(impl: str) -> bool:
     """Whether the machine has what a form needs."""
-    return frame.INSTALLED.get(impl, True)
+    return operators.INSTALLED.get(impl, True)
 
 
 FORMS = [(name, impl) for name in OPERATIONS for impl in forms_of(name) if impl != "loops" and can_run(impl)]
-KERNELS = [(name, impl) for name, impl in FORMS if impl in frame.BACKENDS]
+KERNELS = [(name, impl) for name, impl in FORMS if impl in operators.BACKENDS]
 
 
 def run(operation: str, impl: str) -> Callable:
@@ -262,7 +262,7 @@ BUDGET = 2  # times the reference
 # grid_sample rounds its weights, and sums gradients, in the dtype: torch's own forms that read with it need 3.3 times.
 READS = {"sample_points", "deformable_attention", "detr_attention"}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds it to the nearest: kernels need 3.3 times.
-CUTS = {"triton"} if frame.INTERPRETED else set()
+CUTS = {"triton"} if operators.INTERPRETED else set()
 
 SLOW = {impl: pytest.mark.slow for impl in CUTS}  # so many draws in the interpreter take their time
 IN_DTYPES = [

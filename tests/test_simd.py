@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import DOUBLE, normal
 
-from dynattn.kernels import frame, grouped_numba, simd
 from dynattn.kernels import grouped as operator
+from dynattn.kernels import grouped_numba, simd, threads
 
 DTYPES = [np.float32, np.float64]
 SOME = [(False, False, False), (True, False, False), (False, True, True), (True, True, True)]  # of a, b, c in a @ b = c
@@ -73,11 +73,11 @@ def test_one_compilation_serves_all_strides():
         return operator.OPERATORS["numba"](*tensors, groups, selected, lengths, 0.3)[0]
 
     expected = run(qkv)
-    known = len(frame.COMPILED), len(grouped_numba.forward_heads.signatures)
+    known = len(threads.COMPILED), len(grouped_numba.forward_heads.signatures)
     across = qkv.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)  # heads between the channels
     assert across.stride(3) > across.stride(0) and torch.equal(run(across), expected)
     assert torch.equal(run(qkv.mT.contiguous().mT), expected)  # channels far apart
-    assert (len(frame.COMPILED), len(grouped_numba.forward_heads.signatures)) == known
+    assert (len(threads.COMPILED), len(grouped_numba.forward_heads.signatures)) == known
 
 
 @pytest.mark.parametrize("place", ["read", "behind what is read"])

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dynattn.kernels import frame
+from dynattn.kernels import operators
+from dynattn.kernels.choice import surely
 
 
 def forward(
@@ -50,8 +51,9 @@ def pays(backend: str, pairs: int) -> bool:
     """Whether a kernel is faster than grid_sample and dense attention, by the (query, key) pairs of all heads.
 
     Measured on two cores: below some hundred thousand pairs the call costs more than it saves. CUDA is not measured.
+    A graph for any size has the kernel: it loses little where it loses.
     """
-    return pairs >= 2**18 or backend == "triton"
+    return backend == "triton" or not surely(pairs < 2**18)
 
 
 def table_places(
@@ -70,4 +72,7 @@ def table_places(
     return places, step * (size - 1) / 4, size
 
 
-OPERATORS = frame.operators("deformable_attention", forward, backward, flops, file="deformable")
+NAME = "deformable_attention"
+# A batch of vmap becomes heads, with groups of points and a table of their own: the table has no dimension of images.
+FOLD = (1, 1, 1, 1, 0, None, None, None, None)
+OPERATORS = operators.operators(NAME, forward, backward, flops, file="deformable", fold=FOLD)

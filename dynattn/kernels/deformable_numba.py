@@ -10,14 +10,12 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from dynattn.kernels.deformable import table_places
-from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.simd import (
     LANES,
-    OPTIONS,
+    compiled,
     lanes_of,
     leading,
     load,
@@ -29,6 +27,7 @@ from dynattn.kernels.simd import (
     store,
     total,
 )
+from dynattn.kernels.threads import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.tiles_numba import KEYS, LOG2E, LOWEST, QUERIES, ROOM, add_block, copy, slopes_of_logits
 
 NOWHERE = -9  # the cell of what is not read
@@ -47,7 +46,7 @@ def padded_tables(table: Tensor | None, heads: int, dtype: torch.dtype) -> np.nd
     return torch.nn.functional.pad((table.detach().to(dtype) * LOG2E).clamp(min=LOWEST), margin).numpy()
 
 
-@njit(**OPTIONS)
+@compiled
 def inside(start, step, length, size):
     """The part [begin, end) of range(length) in which -1 <= start + step * j < size: where a read is not zero."""
     if step == 0:
@@ -57,7 +56,7 @@ def inside(start, step, length, size):
     return begin, end
 
 
-@njit(**OPTIONS)
+@compiled
 def find_runs(places, step, width, cols, first, cell, part):
     """Cut a row of queries, for each key n, into runs whose neighbours read neighbouring columns of the table.
 
@@ -88,7 +87,7 @@ def find_runs(places, step, width, cols, first, cell, part):
         first[n, r] = width
 
 
-@njit(**OPTIONS)
+@compiled
 def row_place(place, step, i, rows):
     """The table row above query row i, and how far below it that lies; NOWHERE if nothing is read there."""
     row = place + step * i
@@ -98,7 +97,7 @@ def row_place(place, step, i, rows):
     return above, row - above
 
 
-@njit(**OPTIONS)
+@compiled
 def read_bias(table, places, step, runs, keys, i, j, stop, bias, t):
     """bias[n, t : t + stop - j] = phi(B^; R) of query columns j to stop - 1 in row i, for each key n (DAT-9, DAT-8).
 
@@ -131,7 +130,7 @@ def read_bias(table, places, step, runs, keys, i, j, stop, bias, t):
             begin = end
 
 
-@njit(**OPTIONS)
+@compiled
 def spread_bias(table, places, step, runs, keys, i, j, stop, slopes, t, table_slopes, place_slopes):
     """The backward of `read_bias`: adds what the slopes of the logits mean for the table and for each key's place."""
     first, cell, part = runs
@@ -175,7 +174,7 @@ def spread_bias(table, places, step, runs, keys, i, j, stop, slopes, t, table_sl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@compiled
 def logits(tile, k, table, places, step, runs, keys, first_query, count, width, scores):
     """scores[n, t] = (q k^T + bias) in units of log2 for a tile (d, queries) and a block of keys, from-to."""
     some, fit = k[keys[0] : keys[1]], scores[: keys[1] - keys[0], : tile.shape[1]]
@@ -191,7 +190,7 @@ def logits(tile, k, table, places, step, runs, keys, first_query, count, width, 
     multiply_add(some, tile, fit)
 
 
-@njit(**OPTIONS)
+@compiled
 def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, kept):
     """Heads begin to end - 1 of all (batch, head): out, and each softmax's largest logit and sum."""
     (_, h, L, d), N, G = q.shape, k.shape[2], places.shape[1]
@@ -223,7 +222,7 @@ def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, 
                     out[b, m, l + t, c] = summed[t, c] * share
 
 
-@njit(**OPTIONS)
+@compiled
 def backward_heads(
     begin, end, grad, offsets, kept, q, k, v, tables, places, step, width, scale, dq, dk, dv, dplaces, dtables
 ):
@@ -279,13 +278,13 @@ def backward_heads(
             dtables[b, m] = table_slopes[MARGIN:-MARGIN, MARGIN : -MARGIN - LANES]
 
 
-@njit(**OPTIONS)
+@compiled
 def columns_of(tables):
     """Columns of a table without its margin."""
     return tables.shape[2] - 2 * MARGIN - LANES
 
 
-@njit(**OPTIONS)
+@compiled
 def room_for_runs(N, width):
     """Empty arrays for the runs of N keys: first, cell, part."""
     shape = (N, width + 3)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynattn.kernels.deformable import table_places
-from dynattn.kernels.frame import INTERPRETED
+from dynattn.kernels.operators import INTERPRETED
 
 QUERIES, KEYS = 64, 32
 

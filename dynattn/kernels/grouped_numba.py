@@ -8,13 +8,12 @@ groups selected collect their gradients without locks, in one order.
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from dynattn.kernels.frame import as_arrays, check, in_parallel, working_dtype
+from dynattn.kernels.operators import check
 from dynattn.kernels.simd import (
     LANES,
-    OPTIONS,
+    compiled,
     lanes_of,
     load,
     multiply,
@@ -25,13 +24,14 @@ from dynattn.kernels.simd import (
     store,
     transpose,
 )
+from dynattn.kernels.threads import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.tiles_numba import LOG2E, add_block, slopes_of_logits
 
 QUERIES, KEYS = 64, 104  # of a tile and of a block: most groups are one tile, and the paper's 98 keys one block
 ROOM = QUERIES + LANES  # numbers in a row of logits: a power of two would use few sets of the cache
 
 
-@njit(**OPTIONS)
+@compiled
 def sort_by_group(groups, order, first):
     """order: queries by group, in their own order within one; group j has places first[j] to first[j + 1] - 1."""
     first[:] = 0
@@ -45,7 +45,7 @@ def sort_by_group(groups, order, first):
         place[groups[l]] += 1
 
 
-@njit(**OPTIONS)
+@compiled
 def distinct_rows(indices, below, lengths=None):
     """Whether no row of (rows, n), or of its first `lengths`, holds a number of range(below) twice."""
     seen = np.full(below, -1)
@@ -57,7 +57,7 @@ def distinct_rows(indices, below, lengths=None):
     return True
 
 
-@njit(**OPTIONS)
+@compiled
 def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, kept):
     """Heads begin to end - 1 of all (batch, head): out, and each softmax's largest logit and sum."""
     (_, h, L, d), G, dtype = q.shape, selected.shape[2], out.dtype
@@ -87,7 +87,7 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, ke
                         store(answers, (l, c), load(summed, (t, c)) * share)
 
 
-@njit(**OPTIONS)
+@compiled
 def backward_heads(begin, end, offsets, kept, grad, q, k, v, groups, selected, lengths, scale, dq, dk, dv):
     """Gradients of heads begin to end - 1; dk and dv, zero before, collect those of all groups."""
     (_, h, L, d), G, dtype = q.shape, selected.shape[2], dq.dtype

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynattn.kernels.deformable_triton import dot
-from dynattn.kernels.frame import INTERPRETED, check
+from dynattn.kernels.operators import INTERPRETED, check
 
 CHUNK, MARKS = 128, 128  # queries sorted and keys marked by a program
 PROGRAMS = 4096  # of the forward, if there is work for so many: enough for a large GPU

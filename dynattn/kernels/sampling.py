@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dynattn.kernels import frame
+from dynattn.kernels import operators
 
 
 def forward(x: Tensor, points: Tensor) -> list[Tensor]:
@@ -20,4 +20,4 @@ def flops(x: tuple, points: tuple, *_, **__) -> int:
     return 0
 
 
-OPERATORS = frame.operators("sample_points", forward, backward, flops, file="sampling")
+OPERATORS = operators.operators("sample_points", forward, backward, flops, file="sampling", fold=(0, 0))

@@ -4,16 +4,15 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
-from dynattn.kernels.simd import OPTIONS
+from dynattn.kernels.simd import compiled
+from dynattn.kernels.threads import as_arrays, in_parallel, working_dtype
 
 CHANNELS = 16  # of an item of work
 
 
-@njit(**OPTIONS)
+@compiled
 def neighbours(place, size):
     """Two cells and how much of each a position reads: zero outside [0, size), NaN for a position that is no number."""
     if not -1 <= place < size:
@@ -25,7 +24,7 @@ def neighbours(place, size):
     return max(low, 0), min(low + 1, size - 1), (1 - part) * before, part * after, before, after
 
 
-@njit(**OPTIONS)
+@compiled
 def find_cells(points, H, W, cells, weights, edges):
     """Of every point the rows and columns that it reads (N, 4), their weights, and whether they are on the map."""
     for n in range(points.shape[0]):
@@ -34,7 +33,7 @@ def find_cells(points, H, W, cells, weights, edges):
         cells[n, 2], cells[n, 3], weights[n, 2], weights[n, 3], edges[n, 2], edges[n, 3] = neighbours(col, W)
 
 
-@njit(**OPTIONS)
+@compiled
 def forward_items(begin, end, x, points, out):
     """Items begin to end - 1 of all (image, block of channels)."""
     (_, C, H, W), N = x.shape, points.shape[1]
@@ -54,7 +53,7 @@ def forward_items(begin, end, x, points, out):
                 out[b, c, n] = weights[n, 0] * above + weights[n, 1] * below  # DAT-8
 
 
-@njit(**OPTIONS)
+@compiled
 def backward_items(begin, end, grad, x, points, dx, dplaces):
     """Gradients of items begin to end - 1; those by the places (row, col) apart for each block of channels."""
     (_, C, H, W), N = x.shape, points.shape[1]

@@ -7,13 +7,11 @@ the first.
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from dynattn.kernels.frame import as_arrays, in_parallel, working_dtype
 from dynattn.kernels.simd import (
-    OPTIONS,
     bits_at_least,
+    compiled,
     lanes_of,
     load,
     maximum,
@@ -23,12 +21,13 @@ from dynattn.kernels.simd import (
     store,
     where_at_least,
 )
+from dynattn.kernels.threads import as_arrays, in_parallel, working_dtype
 
 QUERIES = 96  # of a tile
 LARGEST = 3e38  # that is halved
 
 
-@njit(**OPTIONS)
+@compiled
 def transposed(centroids, target):
     """target (d, groups) of centroids (G, d); what is behind the last group stays zero."""
     for j in range(centroids.shape[0]):
@@ -36,7 +35,7 @@ def transposed(centroids, target):
             target[c, j] = centroids[j, c]
 
 
-@njit(**OPTIONS)
+@compiled
 def assign_heads(begin, end, q, centroids, groups):
     """Heads begin to end - 1 of all (batch, head): argmax_j e_j . q_i, of equals the first."""
     (_, h, L, d), G = q.shape, centroids.shape[1]
@@ -55,7 +54,7 @@ def assign_heads(begin, end, q, centroids, groups):
                 groups[b, m, l + t] = best
 
 
-@njit(**OPTIONS)
+@compiled
 def nth_largest(likes, n, j, low, high):
     """low[j:]: the n-th largest number of a register of columns; low and high are numbers that stand in the column."""
     lanes = lanes_of(likes)
@@ -100,7 +99,7 @@ def nth_largest(likes, n, j, low, high):
                 open_lanes = open_lanes or low[j + lane] < high[j + lane]
 
 
-@njit(**OPTIONS)
+@compiled
 def select_heads(begin, end, k, centroids, selected):
     """Heads begin to end - 1: the keys that each centroid likes best, in the order of the map."""
     (_, h, S, d), (G, n) = k.shape, selected.shape[2:]

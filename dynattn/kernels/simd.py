@@ -15,16 +15,19 @@ from math import factorial, log
 from pathlib import Path
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_model
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and without a compiler there is no kernel")
 
 
 def forget_stale_code(cache: str | Path) -> None:
     """Remove what numba keeps of kernels when any of their files is newer: it looks at the caller's file only."""
     folder = Path(__file__).parent
-    newest = max(path.stat().st_mtime for path in folder.glob("*.py"))
+    newest = max(path.stat().st_mtime for path in (folder / "simd.py", *folder.glob("*_numba.py")))
     for index in Path(cache).glob("*.nbi"):
         if index.stat().st_mtime < newest:
             index.unlink(missing_ok=True)
@@ -48,7 +51,17 @@ LANES = REGISTER_BYTES // 4  # float32 numbers in a register; float64 has half a
 OPTIONS = {"nogil": True, "cache": bool(CACHE), "fastmath": {"contract"}}  # a * b + c may become one step
 
 
-@njit(**OPTIONS)
+def compiled(function: Callable) -> Callable:
+    """Compile a kernel, or a part of one.
+
+    The width of a register is compiled in. It is also in the name under which numba keeps the code: processors of
+    another kind may share the folder.
+    """
+    function.__qualname__ += f"_{REGISTER_BYTES}"
+    return njit(**OPTIONS)(function)
+
+
+@compiled
 def padded(length: int) -> int:
     """The next whole multiple of a register's float32 numbers."""
     return -(-length // LANES) * LANES
@@ -289,7 +302,7 @@ def total(typing, vector):
 SERIES = tuple(log(2) ** n / factorial(n) for n in range(14))  # of 2^y; the next term is below half a last digit
 
 
-@njit(**OPTIONS)
+@compiled
 def exp2(x):
     """2^x of a vector, x at most 127, to the last digit: a whole power of two times the series on [-1/2, 1/2].
 
@@ -357,7 +370,7 @@ def _prefetch(typing, array, index):
     return types.void(array, index), generate
 
 
-@njit(**OPTIONS)
+@compiled
 def prefetch(matrix):
     """Have the processor fetch a matrix while it does something else."""
     for i in range(matrix.shape[0]):
@@ -400,7 +413,7 @@ def _transpose_square(typing, source, i, j, last, factor, target):
     return types.void(source, i, j, last, factor, target), generate
 
 
-@njit(**OPTIONS)
+@compiled
 def transpose(source, factor, target):
     """target[:, :M] = source.T * factor, source of M rows; rows of both are whole multiples of a register long."""
     M, N = shape_of(source)
@@ -463,7 +476,7 @@ else:
 FEW_ROWS = 4
 
 
-@njit(**OPTIONS)
+@compiled
 def product(a, b, c, add):
     """c = a @ b, or with `add` c += a @ b; for small matrices, each of which may be some rows of one.
 
@@ -498,13 +511,13 @@ def product(a, b, c, add):
             _block(a, b, c, i, j, K, 1, 1, add)
 
 
-@njit(**OPTIONS)
+@compiled
 def multiply(a, b, c):
     """c = a @ b."""
     product(a, b, c, False)
 
 
-@njit(**OPTIONS)
+@compiled
 def multiply_add(a, b, c):
     """c += a @ b."""
     product(a, b, c, True)

@@ -6,11 +6,9 @@ Of a softmax so far are known its largest logit (`top`) and its sum (`bottom`), 
 
 import math
 
-from numba import njit
-
 from dynattn.kernels.simd import (
     LANES,
-    OPTIONS,
+    compiled,
     exp2,
     lanes_of,
     load,
@@ -26,7 +24,7 @@ LOG2E = math.log2(math.e)
 LOWEST = -3e38  # below every logit
 
 
-@njit(**OPTIONS)
+@compiled
 def copy(source, factor, target):
     """A matrix into a part of another, multiplied."""
     for i in range(source.shape[0]):
@@ -34,7 +32,7 @@ def copy(source, factor, target):
             target[i, c] = source[i, c] * factor
 
 
-@njit(**OPTIONS)
+@compiled
 def add_block(scores, block, count, values, top, bottom, decay, summed, first):
     """Let `count` queries read a block of keys: scores (keys, queries) become weights, summed (queries, D) grows.
 
@@ -64,7 +62,7 @@ def add_block(scores, block, count, values, top, bottom, decay, summed, first):
     product(scores[:block, :count].T, values, summed[:count], not first)
 
 
-@njit(**OPTIONS)
+@compiled
 def slopes_of_logits(weights, slopes, block, count, top, share, offset):
     """Logits S to weights P = exp(S - top) share, slopes dP by the weights to slopes P (dP - offset) by the logits."""
     lanes = lanes_of(weights)

@@ -24,6 +24,8 @@ class SpatialReductionAttention(nn.Module):
     attn_drop: the share of the attention weights that training drops.
     """
 
+    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+
     def __init__(self, dim: int, heads: int, ratio: int, *, depthwise: bool = False, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.ratio = dim, core.divisor("heads", heads, dim), core.positive("ratio", ratio)
@@ -43,7 +45,7 @@ class SpatialReductionAttention(nn.Module):
         if self.training and self.attn_drop:
             z = core.dense_attention_torch(q, k, v, None, q.shape[-1] ** -0.5, self.attn_drop)
         else:
-            z = core.dense_attention(q, k, v)  # DAT-2
+            z = core.dense_attention(q, k, v, impl=self.implementation)  # DAT-2
         if tracing.recording():
             tracing.keep(self, SpatialReductionRecord(q[0], k[0], v[0], z[0], shape, self.ratio))
         return self.proj(core.merge_heads(z, shape))  # DAT-3
@@ -96,6 +98,7 @@ def stripe_attention(
     v: Float[Tensor, "B H W C"],
     heads: int,
     stripe: tuple[int, int],
+    impl: str = "auto",
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H W C"]:
     """Dense attention inside stripes of (rows, columns), cut from the top left; the last may be smaller."""
@@ -103,12 +106,15 @@ def stripe_attention(
     padding = core.padding_to(shape, stripe)
     cut = lambda t: core.partition_windows(core.pad_map(t, padding), stripe)  # noqa: E731
     bias = None
-    if any(padding):  # nobody reads what was added
+    if not all(core.surely(more == 0) for more in padding):  # nobody reads what was added
         added = cut(q.new_ones(q.shape[0], *shape, 1)) == 0  # (n, T, 1)
         hidden = torch.zeros_like(added, dtype=q.dtype).masked_fill(added, -torch.inf)
         bias = repeat(hidden, "n T 1 -> n 1 l T", l=hidden.shape[1])
     q, k, v = (rearrange(cut(t), "n T (h d) -> n h T d", h=heads) for t in (q, k, v))
-    z = core.dense_attention_torch(q, k, v, bias, q.shape[-1] ** -0.5, dropout)
+    if dropout:
+        z = core.dense_attention_torch(q, k, v, bias, q.shape[-1] ** -0.5, dropout)
+    else:
+        z = core.dense_attention(q, k, v, bias=bias, impl=impl)
     padded = (shape[0] + padding[0], shape[1] + padding[1])
     return core.merge_windows(rearrange(z, "n h T d -> n T (h d)"), stripe, padded)[:, : shape[0], : shape[1]]
 
@@ -121,6 +127,8 @@ class CrossShapedWindowAttention(nn.Module):
     sw does not divide the side, the last stripe is narrower. attn_drop: the share of the attention weights that
     training drops. Source: arXiv 2107.00652, section 3.2.
     """
+
+    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, stripe: int, *, attn_drop: float = 0.0):
         super().__init__()
@@ -136,8 +144,8 @@ class CrossShapedWindowAttention(nn.Module):
         H, W = x.shape[1:3]
         stripes = (min(self.stripe, H), W), (H, min(self.stripe, W))
         qkv = rearrange(self.qkv(x), "B H W (three half c) -> half three B H W c", three=3, half=2)  # DAT-1
-        dropout = self.attn_drop if self.training else 0.0
-        halves = [stripe_attention(*qkv[i], self.heads // 2, stripes[i], dropout) for i in range(2)]  # DAT-2
+        how = self.implementation, self.attn_drop if self.training else 0.0
+        halves = [stripe_attention(*qkv[i], self.heads // 2, stripes[i], *how) for i in range(2)]  # DAT-2
         v = rearrange(qkv[:, 2], "half B H W c -> B (half c) H W")
         z = torch.cat(halves, dim=-1) + rearrange(self.lepe(v), "B C H W -> B H W C")
         if tracing.recording():

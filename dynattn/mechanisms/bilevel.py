@@ -16,13 +16,13 @@ That is DGT's grouped attention with regions for groups, and runs on its kernel.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dynattn import core
 from dynattn.kernels import grouped as kernel
+from dynattn.kernels import operators
 
 
 def routed_attention_loops(
@@ -71,7 +71,7 @@ def routed_attention_torch(
         k, v = (x.masked_fill(~key_mask[:, None, :, :, None], 0) for x in (k, v))
         read = gather(key_mask[:, None].expand(-1, h, -1, -1))[:, :, None]  # (B h, R, 1, n Tk)
     k, v = gather(k), gather(v)  # DEBI-11
-    return F.scaled_dot_product_attention(q.flatten(0, 1), k, v, read, scale=scale).unflatten(0, (B, h))  # DEBI-2
+    return core.dense_attention_torch(q.flatten(0, 1), k, v, read, scale).unflatten(0, (B, h))  # DEBI-2
 
 
 def membership(
@@ -104,7 +104,8 @@ def _kernel(backend: str) -> Callable:
         keys, lengths = (rearrange(x, "B R ... -> B 1 R ...") for x in readable_first(routes, key_mask, Tk))
         keys, lengths = keys.expand(-1, h, -1, -1), lengths.expand(-1, h, -1)
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-        return kernel.OPERATORS[backend](q, k, v, groups, keys, lengths, scale)[0].unflatten(2, (R, Tq))
+        out = operators.apply(kernel.OPERATORS[backend], q, k, v, groups, keys, lengths, scale)[0]
+        return out.unflatten(2, (R, Tq))
 
     return form
 
@@ -124,7 +125,7 @@ def check_values(routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] 
     if key_mask is None:
         return
     has_key = key_mask.any(dim=-1).gather(1, routes.flatten(1)).reshape(routes.shape).any(dim=-1)  # (B, R)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or core.transforming():
         core.require(has_key.all(), "key_mask: expected a key to read for every region of queries")
     elif not has_key.all():
         b, r = (~has_key).nonzero()[0].tolist()
@@ -162,5 +163,5 @@ def routed_attention(
         if tuple(key_mask.shape) != (B, S, Tk):
             raise ValueError(f"key_mask: expected shape {(B, S, Tk)}, got {tuple(key_mask.shape)}")
     check_values(routes, key_mask, S)
-    form = core.implementation("routed_attention", impl, FORMS, q, kernel.pays)
+    form = core.form_of("routed_attention", impl, FORMS, q, kernel.pays)
     return form(q, k, v, routes, key_mask, core.scale_or_default(scale, sizes["d"]))

@@ -18,7 +18,7 @@ Cost (DAT-10), N_s points, k the kernel of the offset network:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dynattn import core, tracing
 from dynattn.kernels import deformable as kernel
+from dynattn.kernels import operators
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -107,7 +108,8 @@ def _kernel(backend: str) -> Callable:
     """The operator of a backend as a form."""
 
     def form(q, k, v, points, table, query_shape, query_grid, scale):
-        return kernel.OPERATORS[backend](q, k, v, points, table, *query_shape, query_grid == "centre", scale)[0]
+        inputs = q, k, v, points, table, *query_shape, query_grid == "centre", scale
+        return operators.apply(kernel.OPERATORS[backend], *inputs)[0]
 
     return form
 
@@ -118,6 +120,11 @@ FORMS = {
     "numba": _kernel("numba"),
     "triton": _kernel("triton"),
 }
+
+
+operators.has_plain_form(
+    kernel.NAME, lambda *x: deformable_attention_torch(*x[:5], x[5:7], "centre" if x[7] else "corner", x[8])
+)
 
 
 def deformable_attention(
@@ -147,7 +154,7 @@ def deformable_attention(
     if sizes["h"] % sizes["g"]:
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
     pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
-    form = core.implementation("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
+    form = core.form_of("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
     scale = core.scale_or_default(scale, sizes["d"])
     return form(q, k, v, points, table, (H, W), query_grid, scale).to(q.dtype)  # under autocast forms differ
 
@@ -195,6 +202,8 @@ class DeformableAttention(nn.Module):
     attn_drop: the share of the attention weights that training drops, always in the torch form.
     """
 
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+
     def __init__(
         self,
         dim: int,
@@ -215,9 +224,8 @@ class DeformableAttention(nn.Module):
         attn_drop: float = 0.0,
     ):
         super().__init__()
-        core.divisor("heads", heads, dim)
-        core.divisor("groups", groups, heads)
-        core.positive("stride", stride)
+        self.heads, self.groups = core.divisor("heads", heads, dim), core.divisor("groups", groups, heads)
+        self.stride = core.positive("stride", stride)
         if core.positive("kernel", kernel) % 2 == 0:
             raise ValueError(f"kernel: expected an odd number, got {kernel}")  # an even one has no centre to pad around
         core.one_of("position_bias", position_bias, ("relative", "fixed", "dwconv", None))
@@ -225,7 +233,6 @@ class DeformableAttention(nn.Module):
         core.one_of("offset_unit", offset_unit, ("half_cell", "cell"))
         if not 0 <= offset_range < math.inf:
             raise ValueError(f"offset_range: expected a finite number of at least 0, got {offset_range}")
-        self.heads, self.groups, self.stride = heads, groups, stride
         self.dim, self.map_size = dim, core.pair("map_size", map_size)
         self.offset_range, self.offsets, self.position_bias = offset_range, offsets, position_bias
         self.reference, self.offset_unit, self.clamp = reference, offset_unit, clamp
@@ -237,8 +244,8 @@ class DeformableAttention(nn.Module):
         if position_bias == "dwconv":
             self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         elif position_bias is not None:
-            H, W = self.map_size
-            relative = position_bias == "relative"
+            (H, W), relative = self.map_size, position_bias == "relative"
+            self.forms = tuple(FORMS if relative else core.DENSE_ATTENTION)
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
             nn.init.trunc_normal_(self.table, std=0.01)
@@ -254,11 +261,15 @@ class DeformableAttention(nn.Module):
         q_heads, table = heads_of(q.flatten(1, 2)), self.table_for(shape, points.dtype)
         dropout, scale = self.attn_drop if self.training else 0.0, k.shape[-1] ** -0.5
         if self.position_bias == "fixed":
-            z = core.dense_attention_torch(q_heads, k, v, table, scale, dropout)
+            if dropout:
+                z = core.dense_attention_torch(q_heads, k, v, table, scale, dropout)
+            else:
+                z = core.dense_attention(q_heads, k, v, bias=table, impl=self.implementation)
         elif dropout:
             z = deformable_attention_torch(q_heads, k, v, points, table, shape, self.reference, scale, dropout)
         else:
-            z = deformable_attention(q_heads, k, v, points, table, shape, query_grid=self.reference)  # DAT-9
+            how = dict(query_grid=self.reference, impl=self.implementation)
+            z = deformable_attention(q_heads, k, v, points, table, shape, **how)  # DAT-9
         if self.position_bias == "dwconv":
             z = z + rearrange(
                 self.dwconv(rearrange(q, "B H W C -> B C H W")), "B (h d) H W -> B h (H W) d", h=self.heads
@@ -279,13 +290,13 @@ class DeformableAttention(nn.Module):
             pooled = F.avg_pool2d(rearrange(x, "B H W C -> B C H W"), self.stride, ceil_mode=True)
             return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
         raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))  # DAT-7
-        cell = [1 / n if self.offset_unit == "half_cell" else 2 / max(n - 1, 1) for n in grid]
-        delta = self.offset_range * raw.tanh() * raw.new_tensor(cell)  # Delta p <- s tanh(Delta p)
+        cell = [1 / n if self.offset_unit == "half_cell" else 2 / torch.sym_max(n - 1, 1) for n in grid]
+        delta = core.stretch(self.offset_range * raw.tanh(), cell)  # Delta p <- s tanh(Delta p)
         points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
         if self.clamp:
             points = points.clamp(-1, 1)
         features = rearrange(x, "B H W (g c) -> (B g) c H W", g=self.groups)
-        sampled = core.sample_points(features, points.flatten(0, 1))  # DAT-7, DAT-8
+        sampled = core.sample_points(features, points.flatten(0, 1), impl=self.implementation)  # DAT-7, DAT-8
         return rearrange(sampled, "(B g) c N -> B N (g c)", B=B), points, references
 
     def table_for(self, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "h I J"] | None:
@@ -297,7 +308,7 @@ class DeformableAttention(nn.Module):
             return core.resize_table(table, (2 * shape[0] - 1, 2 * shape[1] - 1))
         if shape == self.map_size:
             return table
-        return resize_fixed(table, self.map_size, shape, self.stride)
+        return core.resize_fixed(table, self.map_size, shape, self.stride)
 
     def extra_repr(self) -> str:
         return (
@@ -310,18 +321,6 @@ def multiply_adds(shape: tuple[int, int], points: int, channels: int, kernel: in
     """Omega of DAT-10 for an H x W map, N_s points and C channels: of the attention, and of its offset network."""
     HW, N, C = shape[0] * shape[1], points, channels
     return 2 * HW * N * C + 2 * HW * C**2 + 2 * N * C**2, (kernel**2 + 2) * N * C  # DAT-10
-
-
-def resize_fixed(
-    table: Float[Tensor, "h L N"], old: Sequence[int], new: Sequence[int], stride: int
-) -> Float[Tensor, "h L2 N2"]:
-    """A "fixed" table for another map: bicubic over the points, then over the queries."""
-    down = [[-(-side // stride) for side in shape] for shape in (old, new)]
-    over_points = rearrange(table, "h L (HG WG) -> h L HG WG", HG=down[0][0])
-    over_points = F.interpolate(over_points, size=tuple(down[1]), mode="bicubic", align_corners=False)
-    over_queries = rearrange(over_points, "h (H W) HG WG -> h (HG WG) H W", H=old[0])
-    over_queries = F.interpolate(over_queries, size=tuple(new), mode="bicubic", align_corners=False)
-    return rearrange(over_queries, "h N H W -> h (H W) N")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def detr_attention(
     Source: DAT appendix A, equation 11.
     """
     core.bind(v=(v, "B h d H W"), points=(points, "B h L K 2"), weights=(weights, "B h L K"))
-    return core.implementation("detr_attention", impl, FORMS, v)(v, points, weights)
+    return core.form_of("detr_attention", impl, FORMS, v)(v, points, weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,6 +88,8 @@ class DeformableDetrAttention(nn.Module):
     At the start the points of head m stand on a ray of its own, k + 1 cells away, and all weights are equal.
     attn_drop: the share of the weights that training drops.
     """
+
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, points: int, *, attn_drop: float = 0.0):
         super().__init__()
@@ -106,15 +108,15 @@ class DeformableDetrAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))
-        H, W = shape = tuple(x.shape[1:3])
+        shape = tuple(x.shape[1:3])
         v = rearrange(self.v(x), "B H W (h d) -> B h d H W", h=self.heads)
         offsets = rearrange(self.offset(x), "B H W (h K two) -> B h (H W) K two", h=self.heads, two=2)
-        cell = x.new_tensor([2 / max(H - 1, 1), 2 / max(W - 1, 1)])
-        points = core.grid_points(shape, "corner", x)[:, None] + offsets * cell  # p_q + Delta p_qk
+        offsets = core.stretch(offsets, [2 / torch.sym_max(side - 1, 1) for side in shape])
+        points = core.grid_points(shape, "corner", x)[:, None] + offsets  # p_q + Delta p_qk
         weights = rearrange(self.attention(x), "B H W (h K) -> B h (H W) K", h=self.heads).softmax(dim=-1)
         weights = F.dropout(weights, self.attn_drop, self.training)
         v, weights = v.to(points.dtype), weights.to(points.dtype)  # autocast lowers linear maps, but no position
-        z = detr_attention(v, points, weights)  # DAT-11
+        z = detr_attention(v, points, weights, impl=self.implementation)  # DAT-11
         if tracing.recording():
             tracing.keep(self, DeformableDetrRecord(v[0], points[0], weights[0], z[0], shape))
         return self.proj(core.merge_heads(z, shape))  # DAT-3

@@ -24,6 +24,8 @@ class DenseAttention(nn.Module):
     weights that training drops. Source: DGT section 3.3, stage 4 (GSA).
     """
 
+    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+
     def __init__(self, dim: int, heads: int, *, cosine: bool = False, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads = dim, core.divisor("heads", heads, dim)
@@ -41,7 +43,7 @@ class DenseAttention(nn.Module):
         if self.training and self.attn_drop:
             z = core.dense_attention_torch(q, k, v, None, core.scale_or_default(scale, q.shape[-1]), self.attn_drop)
         else:
-            z = core.dense_attention(q, k, v, scale=scale)  # DAT-2
+            z = core.dense_attention(q, k, v, scale=scale, impl=self.implementation)  # DAT-2
         if tracing.recording():
             tracing.keep(self, DenseRecord(q[0], k[0], v[0], z[0], shape, scale=scale))
         return self.proj(core.merge_heads(z, shape))  # DAT-3

@@ -18,6 +18,7 @@ Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from dynattn import core, tracing
 from dynattn.kernels import grouped as kernel
+from dynattn.kernels import operators
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -85,8 +87,6 @@ def grouped_attention_loops(
 # 2. Torch
 # ---------------------------------------------------------------------------------------------------------------------
 
-TILE = 32  # queries of one group that are multiplied together
-
 
 def likes_torch(x: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"]) -> Float[Tensor, "B h G S"]:
     """e_j . x_i, equal for equal x: a matrix product may sum them in another order at another place."""
@@ -115,22 +115,7 @@ def grouped_attention_torch(
     dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
     """DGT-2 in tiles: queries sorted by group, each group cut into tiles of 32, each tile with its group's keys."""
-    (B, h, L, d), S, G = q.shape, k.shape[2], selected.shape[2]
-    head = torch.arange(B * h, device=q.device)
-    group = (groups.flatten(0, 1) + head[:, None] * G).flatten()  # among the groups of all heads
-    order = group.argsort(stable=True)
-    size = torch.bincount(group, minlength=B * h * G)
-    tiles = -(-size // TILE)  # of every group
-    rank = torch.arange(B * h * L, device=q.device) - (size.cumsum(0) - size)[group[order]]  # of a query in its group
-    place = (tiles.cumsum(0) - tiles)[group[order]] * TILE + rank
-    of_tile = torch.arange(B * h * G, device=q.device).repeat_interleave(tiles)  # the group of a tile
-
-    tiled = q.new_zeros(len(of_tile) * TILE, d).index_copy(0, place, q.reshape(-1, d)[order])
-    keys = (selected.flatten(0, 1) + head[:, None, None] * S).flatten(0, 1)[of_tile]  # (tiles, n)
-    k, v = k.reshape(-1, d)[keys], v.reshape(-1, d)[keys]  # (tiles, n, d)
-    tiled = rearrange(tiled, "(t T) d -> t 1 T d", T=TILE)
-    z = core.dense_attention_torch(tiled, k[:, None], v[:, None], None, scale, dropout).reshape(-1, d)  # DGT-2
-    return torch.empty_like(q).reshape(-1, d).index_copy(0, order, z[place]).reshape(q.shape)
+    return kernel.in_tiles(q, k, v, groups, selected, None, scale, dropout)
 
 
 def membership(groups: Int[Tensor, "B h L"], selected: Int[Tensor, "B h G n"], S: int) -> Bool[Tensor, "B h L S"]:
@@ -178,7 +163,7 @@ def _kernel(backend: str) -> Callable:
 
     def form(q, k, v, groups, selected, scale):
         lengths = torch.full(selected.shape[:3], selected.shape[3], dtype=torch.int64, device=q.device)
-        return kernel.OPERATORS[backend](q, k, v, groups, selected, lengths, scale)[0]
+        return operators.apply(kernel.OPERATORS[backend], q, k, v, groups, selected, lengths, scale)[0]
 
     return form
 
@@ -213,8 +198,20 @@ def grouped_attention(
     core.check_indices("groups", groups, q, (B, h, L), G)
     core.check_indices("selected", selected, q, (B, h, G, n), S)
     core.require(kernel.distinct(selected, S), "selected: expected distinct keys in every group, got one twice")
-    form = core.implementation("grouped_attention", impl, FORMS, q, kernel.pays)
-    return form(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]))  # DGT-2
+    return attend(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]), impl)
+
+
+def attend(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h S d"],
+    v: Float[Tensor, "B h S d"],
+    groups: Int[Tensor, "B h L"],
+    selected: Int[Tensor, "B h G n"],
+    scale: float,
+    impl: str,
+) -> Float[Tensor, "B h L d"]:
+    """The operation, of groups and keys that need no check."""
+    return core.form_of("grouped_attention", impl, FORMS, q, kernel.pays)(q, k, v, groups, selected, scale)  # DGT-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,9 +230,11 @@ class DynamicGroupAttention(nn.Module):
 
     Centroids (heads, G, d) are a buffer of unit rows, random at first. In training each forward adds its queries to
     their groups' sums; `update_centroids`, once an optimiser step, moves them (DGT-3, DGT-4) and starts the sums anew.
-    Groups without a query keep theirs, and so do groups with a query that is NaN. Groups and selection have no gradient
-    and are computed in float32 or better.
+    Groups without a query, or with one that is NaN, keep theirs. Groups and selection have no gradient and are computed
+    in float32 or better. Inside transforms of torch.func nothing is added to the sums.
     """
+
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
 
     def __init__(
         self,
@@ -280,9 +279,7 @@ class DynamicGroupAttention(nn.Module):
         elif self.training and self.attn_drop:
             z = grouped_attention_torch(q, k, v, groups, selected, scale, self.attn_drop)
         else:
-            z = core.implementation("grouped_attention", "auto", FORMS, q, kernel.pays)(
-                q, k, v, groups, selected, scale
-            )
+            z = attend(q, k, v, groups, selected, scale, self.implementation)
         if tracing.recording():
             tracing.keep(self, DynamicGroupRecord(q, k, v, z, groups, selected, scale, shape, self.as_printed))
         return self.proj(core.merge_heads(z, shape))
@@ -293,13 +290,13 @@ class DynamicGroupAttention(nn.Module):
     ) -> tuple[Int[Tensor, "B h L"], Int[Tensor, "B h G n"]]:
         """Groups of the queries and the keys that each selects (DGT-1)."""
         precise = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
+        autocast = torch.amp.is_autocast_available(q.device.type)  # not where tensors have no numbers: "meta"
+        with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
-            groups = core.implementation("assign", "auto", ASSIGN, q, kernel.pays)(q, e)
-            n = min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
-            selected = core.implementation("select", "auto", SELECT, k, kernel.pays)(k, e, n)  # DGT-1
-            # A backward pass that computes the forward again (activation checkpointing) must not count it twice.
-            if self.training and torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled():
+            groups = core.form_of("assign", self.implementation, ASSIGN, q, kernel.pays)(q, e)
+            n = torch.sym_min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
+            selected = core.form_of("select", self.implementation, SELECT, k, kernel.pays)(k, e, n)  # DGT-1
+            if self.training and core.counts():
                 self.collect(q, groups)
         return groups, selected
 
@@ -333,9 +330,8 @@ class DynamicGroupAttention(nn.Module):
         if self.sums is None and not several:
             return
         self.start_sums()  # a rank without a batch still takes part
-        if several:
-            torch.distributed.all_reduce(self.sums)
-            torch.distributed.all_reduce(self.counts)
+        for total in (self.sums, self.counts) if several else ():
+            torch.distributed.all_reduce(total)
         tau = 0.1 * lr
         mean = self.sums / self.counts.clamp(min=1)[..., None]  # DGT-3
         old, new = (tau, 1 - tau) if 4 in self.as_printed else (1 - tau, tau)

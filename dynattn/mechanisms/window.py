@@ -25,8 +25,8 @@ from dynattn import core, tracing
 
 
 def shift_of(side: int, w: int, s: int) -> int:
-    """The shift of one axis: none where a single window covers it."""
-    return s if side > w else 0
+    """The shift of one axis: none where a single window covers it. (Not by `if`: a graph may be for any side.)"""
+    return s * torch.sym_min(1, (side - 1) // w)
 
 
 def window_attention_loops(
@@ -94,17 +94,27 @@ class Layout:
         """The shift of each axis that has more than one window."""
         return tuple(shift_of(side, w, s) for side, w, s in zip(self.shape, self.window, self.shift, strict=True))
 
+    @property
+    def rolled(self) -> bool:
+        """Whether the map is rolled, or may be."""
+        return not all(core.surely(s == 0) for s in self.roll)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a window has, or may have, keys that are not to be read."""
+        return self.rolled or not all(core.surely(more == 0) for more in self.padding)
+
     def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
         """Pad, roll to the top left, cut into windows."""
         x = core.pad_map(x, self.padding)
-        if any(self.roll):
+        if self.rolled:
             x = x.roll((-self.roll[0], -self.roll[1]), dims=(1, 2))
         return core.partition_windows(x, self.window)
 
     def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
         """The inverse of `cut`."""
         x = core.merge_windows(x, self.window, self.padded)
-        if any(self.roll):
+        if self.rolled:
             x = x.roll(self.roll, dims=(1, 2))
         return x[:, : self.shape[0], : self.shape[1]]
 
@@ -130,7 +140,7 @@ class Layout:
         if table is not None:
             rows, cols = core.relative_index(self.window)
             bias = table[None, :, rows, cols]  # (1, h, T, T)
-        if any(self.roll) or any(self.padding):
+        if self.masked:
             forbidden = ~self.may_read().to(like.device)
             hidden = torch.zeros(forbidden.shape, dtype=like.dtype, device=like.device)
             hidden = hidden.masked_fill(forbidden, -torch.inf)[:, None]  # (windows, 1, T, T)
@@ -143,14 +153,20 @@ class Layout:
         k: Float[Tensor, "n h T d"],
         v: Float[Tensor, "n h T d"],
         table: Float[Tensor, "h I J"] | None,
-        scale: float,
+        images: int,
+        *,
+        scale: float | None = None,
+        impl: str = "auto",
         dropout: float = 0.0,
     ) -> Float[Tensor, "n h T d"]:
-        """DAT-2 inside every window."""
+        """DAT-2 inside every window of so many images."""
         bias = self.bias(table, q)
-        if bias is not None and len(bias) > 1:
-            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-        return core.dense_attention_torch(q, k, v, bias, scale, dropout)  # DAT-2
+        if bias is not None and not core.surely(bias.shape[0] == 1):
+            bias = bias.expand(images, *bias.shape).flatten(0, 1)  # not by n: a traced graph would keep the quotient
+        bias = None if bias is None else bias.to(q.dtype)  # autocast lowers linear maps, but no table
+        if dropout:
+            return core.dense_attention_torch(q, k, v, bias, core.scale_or_default(scale, q.shape[-1]), dropout)
+        return core.dense_attention(q, k, v, bias=bias, scale=scale, impl=impl)  # DAT-2
 
 
 def window_attention_torch(
@@ -164,9 +180,9 @@ def window_attention_torch(
     scale: float,
 ) -> Float[Tensor, "B h L d"]:
     """Cut the maps into windows, attend in each, join them again."""
-    layout, h = Layout(shape, window, shift), q.shape[1]
+    layout, (B, h) = Layout(shape, window, shift), q.shape[:2]
     q, k, v = (rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v))
-    z = layout.attend(q, k, v, table, scale)
+    z = layout.attend(q, k, v, table, B, scale=scale, impl="torch")
     return core.split_heads(layout.join(rearrange(z, "n h T d -> n T (h d)")), h)
 
 
@@ -213,7 +229,7 @@ def window_attention(
     if table is not None:
         shapes["table"] = (table, f"h {2 * window[0] - 1} {2 * window[1] - 1}")
     sizes = core.bind(**shapes)
-    form = core.implementation("window_attention", impl, FORMS, q)
+    form = core.form_of("window_attention", impl, FORMS, q)
     return form(q, k, v, table, (H, W), window, shift, core.scale_or_default(scale, sizes["d"]))
 
 
@@ -229,6 +245,8 @@ class WindowAttention(nn.Module):
     attention weights that training drops. Source: DAT section 3.3.
     """
 
+    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+
     def __init__(self, dim: int, heads: int, window: int, shift: int = 0, *, attn_drop: float = 0.0):
         super().__init__()
         self.dim, self.heads, self.window = dim, core.divisor("heads", heads, dim), core.positive("window", window)
@@ -243,7 +261,8 @@ class WindowAttention(nn.Module):
         # A linear map may be applied before or after the tokens are moved; cutting first moves a third of the numbers.
         layout = Layout(tuple(x.shape[1:3]), (self.window, self.window), (self.shift, self.shift))
         qkv = rearrange(self.qkv(layout.cut(x)), "n T (three h d) -> three n h T d", three=3, h=self.heads)  # DAT-1
-        z = layout.attend(*qkv, self.table, qkv.shape[-1] ** -0.5, self.attn_drop if self.training else 0.0)
+        dropout = self.attn_drop if self.training else 0.0
+        z = layout.attend(*qkv, self.table, x.shape[0], impl=self.implementation, dropout=dropout)
         if tracing.recording():
             tracing.keep(self, WindowRecord(*qkv, z, layout.bias(self.table, qkv), layout))
         return layout.join(self.proj(rearrange(z, "n h T d -> n T (h d)")))  # DAT-3

@@ -1,0 +1,109 @@
+"""Which form of an operation runs: the choice of "auto", and the switch that overrules it.
+
+    with dynattn.implementation("torch"): ...           a block of code, of this thread or task only
+    dynattn.use_implementation(model, "torch")          a model, wherever it is called
+    ops.grouped_attention(..., impl="torch")            one call
+
+The nearest one counts: the argument of a call before that of its model, that before the innermost block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from dynattn.kernels import derivatives, operators
+
+IMPLEMENTATIONS = ("auto", "loops", "torch", *operators.BACKENDS)
+_BLOCK = ContextVar("implementation", default="auto")
+
+
+def check_implementation(name: str, value: object) -> None:
+    """Raise ValueError unless `value` names a form, or is "auto"."""
+    if value not in IMPLEMENTATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {value!r}")
+
+
+@contextmanager
+def implementation(form: str) -> Iterator[None]:
+    """In this block every operation, and every model, takes one form where "auto" would choose.
+
+    form: "auto", "loops", "torch", "numba" or "triton". An operation that has no such kernel at all (dense attention,
+    windows) takes its torch form. A kernel that cannot run, as numba's with tensors on a GPU, raises ValueError and
+    says why. Blocks may be nested: the inner one counts. Other threads and tasks are left alone. A compiled model is
+    compiled again for the block; the block itself must be outside of what is compiled. Raises ValueError for a form
+    that does not exist.
+    """
+    check_implementation("implementation", form)
+    before = _BLOCK.set(form)
+    try:
+        yield
+    finally:
+        _BLOCK.reset(before)
+
+
+def use_implementation(model: nn.Module, form: str) -> nn.Module:
+    """Let every attention layer of a model take one form where "auto" would choose; returns the model.
+
+    form: as in `implementation`, whose blocks it goes before; "auto" takes it back. It is an attribute
+    `implementation` of the layers: copies and pickles of the model keep it, state dicts do not know it. Layers without
+    such a kernel take their torch form. Raises ValueError for a form that does not exist, or a model without a layer
+    of this library.
+    """
+    check_implementation("implementation", form)
+    layers = [module for module in model.modules() if isinstance(getattr(module, "forms", None), tuple)]
+    if not layers:
+        raise ValueError(f"model: expected one with attention layers of dynattn, got {type(model).__name__} with none")
+    for layer in layers:
+        layer.implementation = form if form in ("auto", *layer.forms) else "torch"
+    return model
+
+
+def surely(condition: bool) -> bool:
+    """Whether something holds for all sizes that a graph will meet: a graph is not tied to the size it was made with.
+
+    Outside of compiled graphs sizes are known, and so is this.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def exporting() -> bool:
+    """Whether a graph is made that shall run elsewhere: without this package, and at other sizes."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def form_of(
+    operation: str, impl: str, forms: Mapping[str, Callable], like: Tensor, pays: Callable[[str], bool] | None = None
+) -> Callable:
+    """The form of an operation that `impl` names, for tensors on the device of `like`.
+
+    "auto" is what the innermost block of `implementation` names. Without one it is the kernel for that device (numba
+    for the CPU, triton for CUDA) if there is one, it can run, and `pays(backend)` says that it is the faster; else the
+    vectorised torch form. A graph that is exported gets the torch form.
+    Raises ValueError when `impl` is no form of any operation, or none of this one, or cannot run on the device, and
+    says why: nothing falls back in silence.
+    """
+    check_implementation("impl", impl)
+    asked = f"impl: {impl!r}"
+    if impl == "auto" and (block := _BLOCK.get()) != "auto":
+        impl = block if block in forms else "torch"
+        asked = f"implementation({block!r})"
+    if impl == "auto":
+        kernel = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
+        can = kernel in forms and pays is not None and not exporting() and not derivatives.forward_mode()
+        can = can and pays(kernel) and not operators.unavailable(kernel, like.device)
+        return forms[kernel if can else "torch"]
+    if impl not in forms:
+        raise ValueError(f"impl: {operation} has no {impl!r} kernel here, only {', '.join(map(repr, forms))} or 'auto'")
+    why = operators.unavailable(impl, like.device) if impl in operators.BACKENDS else None
+    if impl in operators.BACKENDS and derivatives.forward_mode():
+        why = why or "kernels have no forward-mode derivatives"
+    if why:
+        raise ValueError(f"{asked} cannot run {operation} here: {why}; use 'auto' or 'torch'")
+    return forms[impl]

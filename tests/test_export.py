@@ -1,0 +1,185 @@
+"""Graphs and processes: compiled, exported, traced, forked. Each in a process of its own, as users have it: slow."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+MODELS = """
+    import io, os, sys, warnings
+    warnings.simplefilter("ignore")
+    import torch, dynattn
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    TINY = dict(img_size=32, num_classes=3, drop_path_rate=0.0)
+    DAT = TINY | dict(dims=(8, 16), depths=(2, 2), heads=(2, 2), groups=(1, 2), deformable_stages=(2,), window=4,
+                      strides=(2, 1), kernels=(3, 3))
+    DGT = TINY | dict(dims=(8, 16), depths=(1, 1), heads=(2, 2), groups=3, keys=5, head_dim=8)
+    def model(name):
+        return dynattn.create_model(name, **(DAT if name == "dat_mini" else DGT)).eval()
+    def image(*shape):
+        return torch.rand(shape[0], 3, *shape[1:])
+    def same(one, other):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+"""
+
+
+def run(program: str, **environment: str) -> str:
+    """What a program prints that has the models above; raises where it fails or hangs."""
+    text = textwrap.dedent(MODELS) + textwrap.dedent(program)
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+LOAD = """
+    import sys, torch
+    sys.modules["dynattn"] = None  # cannot be imported
+    x, expected = torch.load(sys.argv[1] + "/answer.pt")
+    program = torch.export.load(sys.argv[1] + "/program.pt2").module()
+    torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_an_exported_model_takes_any_batch_and_needs_no_package(name, tmp_path):
+    """torch.export: "auto" is the torch form in what is exported; the file is read by a process without dynattn."""
+    run(f"""
+        network = model("{name}")
+        shapes = ({{0: torch.export.Dim("batch", min=1, max=64)}},)
+        program = torch.export.export(network, (image(2, 32, 32),), dynamic_shapes=shapes)
+        torch.export.save(program, "{tmp_path}/program.pt2")
+        x = image(5, 32, 32)
+        torch.save((x, network(x).detach()), "{tmp_path}/answer.pt")
+    """)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), str(tmp_path)], check=True, cwd=tmp_path, timeout=600)
+
+
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_an_exported_model_takes_any_size(name):
+    run(f"""
+        network, Dim = model("{name}"), torch.export.Dim
+        shapes = ({{0: Dim("batch"), 2: Dim("height", min=8, max=512), 3: Dim("width", min=8, max=512)}},)
+        program = torch.export.export(network, (image(2, 32, 48),), dynamic_shapes=shapes).module()
+        for shape in ((2, 32, 48), (1, 32, 32), (3, 45, 70), (1, 100, 64)):
+            x = image(*shape)
+            same(program(x), network(x))
+    """)
+
+
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_a_traced_model_takes_any_batch(name):
+    """torch.jit.trace, saved and read again."""
+    run(f"""
+        network, file = model("{name}"), io.BytesIO()
+        torch.jit.save(torch.jit.trace(network, image(2, 32, 32)), file)
+        file.seek(0)
+        traced = torch.jit.load(file)
+        for batch in (2, 1, 5):
+            x = image(batch, 32, 32)
+            same(traced(x), network(x))
+    """)
+
+
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_compiled_once_for_all_sizes(name):
+    """torch.compile(dynamic=True): one graph for sizes that are padded and that are not."""
+    run(f"""
+        from torch._dynamo.testing import CompileCounterWithBackend
+        network, counter = model("{name}"), CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(network, backend=counter, fullgraph=True, dynamic=True)
+        with torch.no_grad():
+            for shape in ((2, 32, 48), (3, 45, 70), (2, 64, 56), (4, 50, 34)):
+                x = image(*shape)
+                same(compiled(x), network(x))
+        assert counter.frame_count == 1, counter.frame_count
+    """)
+
+
+def test_a_compiled_model_follows_the_switch():
+    """A block is seen from inside the graph: the model is compiled again for it."""
+    run("""
+        network, x, forms = model("dgt_mini"), image(1, 32, 32), []
+        def backend(graph, inputs):
+            forms.append(any("dynattn" in str(node.target) for node in graph.graph.nodes))
+            return graph
+        compiled = torch.compile(network, backend=backend, fullgraph=True)
+        with torch.no_grad():
+            same(compiled(x), network(x))
+            with dynattn.implementation("torch"):
+                same(compiled(x), network(x))
+            compiled(x)
+        assert forms == [True, False], forms
+    """)
+
+
+def test_a_child_that_imports_the_kernels_after_a_fork():
+    """Torch's threads are not the child's: it must not wait for them."""
+    run("""
+        import signal
+        from dynattn import ops
+        torch.set_num_threads(2)
+        torch.rand(10**7).exp()  # starts torch's threads
+        x, points = torch.randn(4, 40, 5, 5), torch.rand(4, 6, 2)
+        assert "dynattn.kernels.sampling_numba" not in sys.modules
+        child = os.fork()
+        if child == 0:
+            signal.alarm(600)
+            out = ops.sample_points(x, points, impl="numba")
+            os._exit(0 if out.isfinite().all() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def test_without_a_compiler_auto_is_torch():
+    """NUMBA_DISABLE_JIT leaves numba installed and its kernels useless."""
+    run(
+        """
+        network, x = model("dgt_mini"), image(1, 32, 32)
+        expected = network(x)
+        dynattn.use_implementation(network, "torch")
+        same(network(x), expected)
+        try:
+            with dynattn.implementation("numba"):
+                dynattn.use_implementation(network, "auto")(x)
+        except ValueError as error:
+            assert "NUMBA_DISABLE_JIT is set" in str(error), error
+        else:
+            raise AssertionError
+        """,
+        NUMBA_DISABLE_JIT="1",
+    )
+
+
+def test_compiled_code_is_kept_apart_for_every_width_of_registers(tmp_path):
+    """Processors of several kinds may share a folder; numba's own key does not know what the kernels read of them."""
+    program = """
+        from llvmlite import binding
+        features = binding.get_host_cpu_features()
+        binding.get_host_cpu_features = lambda: {**features, "avx512f": WIDE}
+        from dynattn import ops
+        x, points = torch.randn(1, 3, 5, 5), torch.rand(1, 6, 2)
+        same(ops.sample_points(x, points, impl="numba"), ops.sample_points(x, points))
+        from dynattn.kernels import sampling_numba
+        print(sum(sampling_numba.forward_items.stats.cache_hits.values()))
+    """
+    hits = [
+        run(program.replace("WIDE", wide), NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME="generic").strip()
+        for wide in ("False", "True", "False", "True")
+    ]
+    assert hits == ["0", "0", "1", "1"]
+    names = {path.name for path in tmp_path.rglob("*forward_items*.nbi")}
+    assert len(names) == 2
