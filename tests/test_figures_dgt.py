@@ -12,7 +12,8 @@ from torch import nn
 
 from dynattn import cost, create_model, figures, plugins, tracing, weights
 from dynattn.data import CLASSES, Shapes
-from dynattn.figures import dgt, draw, gallery, measures, noise, notebook, style, subjects
+from dynattn.figures import dgt, draw, gallery, measures, noise, style, subjects
+from dynattn.lessons import notebook
 
 SMALL = dict(img_size=64, num_classes=10, dims=(16, 32, 64), depths=(1, 1, 1), heads=(2, 2, 4), keys=(24, 8), groups=4)
 SWEEP = {"a": dict(groups=4, keys=(24, 8)), "b": dict(groups=2, keys=(24, 8)), "c": dict(groups=4, keys=(12, 4))}

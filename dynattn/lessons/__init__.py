@@ -10,8 +10,8 @@ from collections.abc import Callable
 from einops import rearrange
 
 from dynattn import verify
-from dynattn.figures.notebook import agree, normal, say, set_up, source, table
 from dynattn.lessons.controls import Pointer, choice, slider, turn
+from dynattn.lessons.notebook import agree, normal, say, set_up, source, table
 
 __all__ = [
     "Pointer",

@@ -16,9 +16,9 @@ from dynattn.data import Shapes
 from dynattn.figures import style
 from dynattn.figures.drawing import ground
 from dynattn.figures.measures import image_share, points_share
-from dynattn.figures.notebook import show
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
+from dynattn.lessons.notebook import show
 from dynattn.mechanisms import deformable
 from dynattn.mechanisms.deformable import multiply_adds, relative_bias
 from dynattn.tracing import Trace, trace

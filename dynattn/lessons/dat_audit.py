@@ -20,9 +20,9 @@ from dynattn import core, official, weights
 from dynattn.data import Shapes
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_points
-from dynattn.figures.notebook import INKS
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
+from dynattn.lessons.notebook import INKS
 from dynattn.tracing import Record
 
 READINGS = {"text": style.BLUE, "code": style.ORANGE}

@@ -20,9 +20,9 @@ from dynattn.data import Shapes
 from dynattn.figures import style
 from dynattn.figures.drawing import ground
 from dynattn.figures.measures import evaluate_groups
-from dynattn.figures.notebook import show
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
+from dynattn.lessons.notebook import show
 from dynattn.mechanisms import dynamic_group
 from dynattn.mechanisms.dynamic_group import DynamicGroupAttention, DynamicGroupRecord, multiply_adds
 from dynattn.tracing import Trace, trace

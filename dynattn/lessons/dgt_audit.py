@@ -21,8 +21,8 @@ from dynattn import trace, weights
 from dynattn.data import Shapes, normalise
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_groups, mutual_information
-from dynattn.figures.notebook import INKS
 from dynattn.figures.subjects import Subject, load_subject, random_twin
+from dynattn.lessons.notebook import INKS
 
 PALETTE = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #882255".split()  # Okabe and Ito, and a red
 

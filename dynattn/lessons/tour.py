@@ -14,9 +14,9 @@ from dynattn.data import Shapes
 from dynattn.figures import style
 from dynattn.figures.dat import draw_query, queries
 from dynattn.figures.measures import attention_share, others
-from dynattn.figures.notebook import show
 from dynattn.figures.subjects import Picture, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, turn
+from dynattn.lessons.notebook import show
 from dynattn.tracing import Record, Trace, trace
 from dynattn.widgets import Lens
 

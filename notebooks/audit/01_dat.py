@@ -34,7 +34,7 @@ import dynattn
 from dynattn import core, cost, official, ops, verify, weights
 from dynattn.bench import deformable as bench
 from dynattn.figures.measures import propagate
-from dynattn.figures.notebook import ledger, measured, recorded, show
+from dynattn.lessons.notebook import ledger, measured, recorded, show
 from dynattn.figures.subjects import test_picture
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu

@@ -33,7 +33,7 @@ from einops import rearrange
 import dynattn
 from dynattn import cost, ops, verify, weights
 from dynattn.bench import grouped as bench
-from dynattn.figures.notebook import ledger, measured, recorded, show
+from dynattn.lessons.notebook import ledger, measured, recorded, show
 from dynattn.figures.subjects import load_subject, test_picture
 from dynattn.kernels import grouped as kernel
 from dynattn.lessons import agree, begin, normal, say, source, table

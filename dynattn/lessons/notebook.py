@@ -1,7 +1,7 @@
 """What the notebooks share: computed text and tables, figures in a tenth of the bytes, the library's own code.
 
-    from dynattn.figures.notebook import HEAT, INKS, agree, normal, say, set_up, show, source, table
-    from dynattn.figures.notebook import ledger, measured, recorded  # what the repository holds of a paper
+    from dynattn.lessons.notebook import HEAT, INKS, agree, normal, say, set_up, show, source, table
+    from dynattn.lessons.notebook import ledger, measured, recorded  # what the repository holds of a paper
 
 Needs the extra `notebooks` (IPython).
 """
@@ -23,8 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dynattn import papers, verify, weights
-
-from . import style
+from dynattn.figures import style
 
 PLACES = (Path("../figures"), Path("../../figures"))  # from a lesson's folder, and from an audit's
 GALLERY = next((place for place in PLACES if place.is_dir()), PLACES[0])  # what `dynattn figures` drew
