@@ -31,7 +31,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from dynattn.kernels import derivatives, operators, sampling
-from dynattn.kernels.choice import exporting, form_of, surely  # noqa: F401  (for mechanisms)
+from dynattn.kernels.choice import exporting, form_of, larger, smaller, surely  # noqa: F401  (for mechanisms)
 from dynattn.kernels.derivatives import transforming  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,27 +39,31 @@ from dynattn.kernels.derivatives import transforming  # noqa: F401
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def bind(**arguments: tuple[Tensor, str]) -> dict[str, int]:
+def bind(known: dict[str, int] | None = None, **arguments: tuple[Tensor, str]) -> dict[str, int]:
     """Hold tensors to shape patterns and return the sizes, e.g. `bind(q=(q, "B h L d"), k=(k, "B h S d"))["L"]`.
 
-    A letter stands for one size, the same everywhere; a number for itself. All tensors must be floating and share
-    dtype and device. Raises TypeError or ValueError that names the argument, what came and what would be right.
+    A letter stands for one size, the same everywhere, which may be `known`; a number for itself. All tensors must be
+    floating and share dtype and device. Raises TypeError or ValueError that names the argument, what came and what
+    would be right.
     """
-    sizes: dict[str, int] = {}
+    known = known or {}
+    sizes: dict[str, int] = dict(known)
+    shown = lambda pattern: " ".join(str(known.get(letter, letter)) for letter in pattern.split())  # noqa: E731
     first_name, first = None, None
     for name, (tensor, pattern) in arguments.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor of shape ({pattern}), got {type(tensor).__name__}")
+            raise TypeError(f"{name}: expected a tensor of shape ({shown(pattern)}), got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
         letters = pattern.split()
         if tensor.ndim != len(letters):
-            raise ValueError(f"{name}: expected {len(letters)} dimensions ({pattern}), got shape {tuple(tensor.shape)}")
+            what = f"{len(letters)} dimensions ({shown(pattern)})"
+            raise ValueError(f"{name}: expected {what}, got shape {tuple(tensor.shape)}")
         for letter, size in zip(letters, tensor.shape, strict=True):
             expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
             if size != expected:
-                meaning = "" if letter.isdigit() else f" with {letter} = {expected}"
-                raise ValueError(f"{name}: expected shape ({pattern}){meaning}, got shape {tuple(tensor.shape)}")
+                meaning = "" if letter.isdigit() or letter in known else f" with {letter} = {expected}"
+                raise ValueError(f"{name}: expected shape ({shown(pattern)}){meaning}, got shape {tuple(tensor.shape)}")
             if size == 0:
                 raise ValueError(f"{name}: no dimension may be empty, got shape {tuple(tensor.shape)}")
         if first is None:
@@ -132,7 +136,7 @@ def positive(name: str, value: object) -> int:
     """`value` as an int; raises unless it is a whole number of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    value = index(value)
+    value = value if isinstance(value, int | torch.SymInt) else index(value)  # a graph for any size has no numbers
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
@@ -387,6 +391,9 @@ def pad_map(x: Num[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Num[Ten
 
 def partition_windows(x: Num[Tensor, "B H W C"], window: tuple[int, int]) -> Num[Tensor, "n T C"]:
     """Cut maps into windows of T = wi wj tokens, row-major, n = B windows; sides must be whole multiples."""
+    if exporting():  # in a graph for any size torch cannot see that the sides are whole multiples
+        x = x.unfold(1, window[0], window[0]).unfold(2, window[1], window[1])
+        return rearrange(x, "B I J C wi wj -> (B I J) (wi wj) C")
     return rearrange(x, "B (I wi) (J wj) C -> (B I J) (wi wj) C", wi=window[0], wj=window[1])
 
 
@@ -394,6 +401,14 @@ def merge_windows(x: Num[Tensor, "n T C"], window: tuple[int, int], shape: tuple
     """The inverse of `partition_windows` for maps of `shape`."""
     I, J = shape[0] // window[0], shape[1] // window[1]
     return rearrange(x, "(B I J) (wi wj) C -> B (I wi) (J wj) C", I=I, J=J, wi=window[0], wj=window[1])
+
+
+def crop(x: Num[Tensor, "B Hp Wp C"], shape: tuple[int, int]) -> Num[Tensor, "B H W C"]:
+    """The first rows and columns of a channels-last map; the inverse of `pad_map`."""
+    if exporting():  # nor that they are there
+        rows, cols = (torch.arange(side, device=x.device) for side in shape)
+        return x.index_select(1, rows).index_select(2, cols)
+    return x[:, : shape[0], : shape[1]]
 
 
 def relative_index(window: tuple[int, int]) -> tuple[Int[Tensor, "T T"], Int[Tensor, "T T"]]:

@@ -73,6 +73,16 @@ def surely(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes. A graph of sizes that it does not know keeps the question, not the answer."""
+    return min(int(a), int(b)) if torch.jit.is_tracing() else torch.sym_min(a, b)
+
+
+def larger(a: int, b: int) -> int:
+    """The larger of two sizes, as `smaller`."""
+    return max(int(a), int(b)) if torch.jit.is_tracing() else torch.sym_max(a, b)
+
+
 def exporting() -> bool:
     """Whether a graph is made that shall run elsewhere: without this package, and at other sizes."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dynattn.kernels import operators
+from dynattn.kernels.choice import smaller
 from dynattn.kernels.derivatives import attention, transforming
 
 
@@ -102,7 +103,7 @@ def in_tiles(
     rank = torch.arange(L, device=q.device) - first_query.gather(1, group)  # of a query in its group
     place = first_tile.gather(1, group) * TILE + rank  # of a query among the tiles of its head
 
-    most = torch.sym_min(L, (L + G * (TILE - 1)) // TILE)  # tiles: each has a query, and all but one a group are full
+    most = smaller(L, (L + G * (TILE - 1)) // TILE)  # tiles: each has a query, and all but one a group are full
     number = torch.arange(most, device=q.device).minimum(last_tile[:, -1:] - 1)  # none of a group without queries
     of_tile = (number[..., None] >= last_tile[:, None]).sum(dim=-1)  # (heads, most): the group of a tile
 

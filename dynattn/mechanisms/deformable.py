@@ -149,8 +149,8 @@ def deformable_attention(
     """
     core.one_of("query_grid", query_grid, ("centre", "corner"))
     H, W = core.pair("query_shape", query_shape)
-    shapes = {"q": (q, f"B h {H * W} d"), "k": (k, "B h N d"), "v": (v, "B h N d"), "points": (points, "B g N 2")}
-    sizes = core.bind(**shapes, **({} if table is None else {"table": (table, "h I J")}))
+    shapes = {"q": (q, "B h L d"), "k": (k, "B h N d"), "v": (v, "B h N d"), "points": (points, "B g N 2")}
+    sizes = core.bind({"L": H * W}, **shapes, **({} if table is None else {"table": (table, "h I J")}))
     if sizes["h"] % sizes["g"]:
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
     pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
@@ -290,7 +290,7 @@ class DeformableAttention(nn.Module):
             pooled = F.avg_pool2d(rearrange(x, "B H W C -> B C H W"), self.stride, ceil_mode=True)
             return rearrange(pooled, "B C HG WG -> B (HG WG) C"), points, references
         raw = self.offset(rearrange(q, "B H W (g c) -> (B g) c H W", g=self.groups))  # DAT-7
-        cell = [1 / n if self.offset_unit == "half_cell" else 2 / torch.sym_max(n - 1, 1) for n in grid]
+        cell = [1 / n if self.offset_unit == "half_cell" else 2 / core.larger(n - 1, 1) for n in grid]
         delta = core.stretch(self.offset_range * raw.tanh(), cell)  # Delta p <- s tanh(Delta p)
         points = references + rearrange(delta, "(B g) HG WG two -> B g (HG WG) two", B=B)
         if self.clamp:

@@ -111,7 +111,7 @@ class DeformableDetrAttention(nn.Module):
         shape = tuple(x.shape[1:3])
         v = rearrange(self.v(x), "B H W (h d) -> B h d H W", h=self.heads)
         offsets = rearrange(self.offset(x), "B H W (h K two) -> B h (H W) K two", h=self.heads, two=2)
-        offsets = core.stretch(offsets, [2 / torch.sym_max(side - 1, 1) for side in shape])
+        offsets = core.stretch(offsets, [2 / core.larger(side - 1, 1) for side in shape])
         points = core.grid_points(shape, "corner", x)[:, None] + offsets  # p_q + Delta p_qk
         weights = rearrange(self.attention(x), "B H W (h K) -> B h (H W) K", h=self.heads).softmax(dim=-1)
         weights = F.dropout(weights, self.attn_drop, self.training)

@@ -294,7 +294,7 @@ class DynamicGroupAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
             groups = core.form_of("assign", self.implementation, ASSIGN, q, kernel.pays)(q, e)
-            n = torch.sym_min(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
+            n = core.smaller(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
             selected = core.form_of("select", self.implementation, SELECT, k, kernel.pays)(k, e, n)  # DGT-1
             if self.training and core.counts():
                 self.collect(q, groups)

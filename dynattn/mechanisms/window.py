@@ -26,7 +26,7 @@ from dynattn import core, tracing
 
 def shift_of(side: int, w: int, s: int) -> int:
     """The shift of one axis: none where a single window covers it. (Not by `if`: a graph may be for any side.)"""
-    return s * torch.sym_min(1, (side - 1) // w)
+    return s * core.smaller(1, (side - 1) // w)
 
 
 def window_attention_loops(
@@ -116,7 +116,7 @@ class Layout:
         x = core.merge_windows(x, self.window, self.padded)
         if self.rolled:
             x = x.roll(self.roll, dims=(1, 2))
-        return x[:, : self.shape[0], : self.shape[1]]
+        return core.crop(x, self.shape)
 
     def regions(self) -> Int[Tensor, "H W"]:
         """One number for each cell; two cells may read each other iff their numbers are equal."""
@@ -225,10 +225,10 @@ def window_attention(
     H, W = core.pair("query_shape", query_shape)
     window = core.pair("window", window)
     shift = check_shift(shift, window)
-    shapes = {name: (t, f"B h {H * W} d") for name, t in (("q", q), ("k", k), ("v", v))}
+    shapes = {name: (t, "B h L d") for name, t in (("q", q), ("k", k), ("v", v))}
     if table is not None:
         shapes["table"] = (table, f"h {2 * window[0] - 1} {2 * window[1] - 1}")
-    sizes = core.bind(**shapes)
+    sizes = core.bind({"L": H * W}, **shapes)
     form = core.form_of("window_attention", impl, FORMS, q)
     return form(q, k, v, table, (H, W), window, shift, core.scale_or_default(scale, sizes["d"]))
 
