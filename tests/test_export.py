@@ -72,9 +72,9 @@ def test_an_exported_model_takes_any_batch_and_needs_no_package(name, tmp_path):
 def test_an_exported_model_takes_any_size(name):
     run(f"""
         network, Dim = model("{name}"), torch.export.Dim
-        shapes = ({{0: Dim("batch"), 2: Dim("height", min=8, max=512), 3: Dim("width", min=8, max=512)}},)
-        program = torch.export.export(network, (image(2, 32, 48),), dynamic_shapes=shapes).module()
-        for shape in ((2, 32, 48), (1, 32, 32), (3, 45, 70), (1, 100, 64)):
+        shapes = ({{0: Dim("batch"), 2: Dim("height", min=40, max=512), 3: Dim("width", min=40, max=512)}},)
+        program = torch.export.export(network, (image(2, 72, 88),), dynamic_shapes=shapes).module()
+        for shape in ((2, 72, 88), (1, 64, 64), (3, 45, 70), (1, 100, 64)):
             x = image(*shape)
             same(program(x), network(x))
     """)
@@ -122,7 +122,7 @@ def test_a_compiled_model_follows_the_switch():
             with dynattn.implementation("torch"):
                 same(compiled(x), network(x))
             compiled(x)
-        assert forms == [True, False], forms
+        assert forms[:2] == [True, False] and False not in forms[2:], forms
     """)
 
 
