@@ -53,7 +53,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
 
 def broken(backend: str) -> str | None:
     """Why a backend that is installed does not work here; None if it does. The first call imports it."""
-    if backend not in _BROKEN and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a graph would be made again when the answer is found
+        return None
+    if backend not in _BROKEN:
         try:
             import_module(FOUNDATIONS[backend])
             _BROKEN[backend] = None
