@@ -27,7 +27,7 @@ from operator import index
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from dynattn.kernels import derivatives, operators, sampling
@@ -322,13 +322,14 @@ def dense_attention_torch(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h N d"],
     v: Float[Tensor, "B h N d"],
-    bias: Float[Tensor, "*broadcast L N"] | None,
+    bias: Float[Tensor, "*broadcast L N"] | Bool[Tensor, "..."] | None,
     scale: float,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B h L d"]:
     """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights; with all derivatives.
 
-    dropout: the share of the weights that is dropped.
+    bias: added to the logits; one of booleans says which keys may be read. dropout: the share of the weights that is
+    dropped.
     """
     return derivatives.attention(q, k, v, bias, scale, dropout)
 
@@ -341,7 +342,7 @@ def dense_attention(
     k: Float[Tensor, "B h N d"],
     v: Float[Tensor, "B h N d"],
     *,
-    bias: Float[Tensor, "*broadcast L N"] | None = None,
+    bias: Float[Tensor, "h L N"] | Float[Tensor, "#B #h L N"] | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "B h L d"]:

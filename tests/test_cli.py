@@ -187,7 +187,6 @@ def test_lab_tells_what_is_missing(checkout, launched, monkeypatch, capsys):
     "arguments, told",
     [
         (["figure"], "invalid choice: 'figure'"),
-        (["figures", "--paper", "cat"], "invalid choice: 'cat'"),
         (["figures", "--image", "no.jpg"], "no such file: 'no.jpg'"),
         (["figures", "--weights", "no.pth"], "no such file: 'no.pth'"),
         (["figures", "--only", "six"], "expected the number of a figure, or a table as table4b, got 'six'"),
@@ -204,6 +203,12 @@ def test_a_wrong_command_is_told(arguments, told, capsys):
         cli.main(arguments)
     assert exit.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_paper_that_is_not_registered_is_told(capsys):
+    for command in ("figures", "table"):
+        assert cli.main([command, "--paper", "cat"]) == 2
+        assert "paper: expected one of 'dat', 'dgt', got 'cat'" in capsys.readouterr().err
 
 
 def test_a_wrong_command_loads_nothing_heavy():

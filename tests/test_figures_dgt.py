@@ -168,7 +168,7 @@ def test_evaluation_of_groups_checks_its_arguments():
     for choice in (0, 3, -1):
         with pytest.raises(ValueError, match="choice: expected 1 to 2 of 4 images"):
             measures.evaluate_groups(nn.Identity(), images, masks, choice=choice)
-    with pytest.raises(ValueError, match="model: expected one with dynamic group layers, got Ungrouped"):
+    with pytest.raises(ValueError, match="model: no attention layer of Ungrouped could be recorded"):
         measures.evaluate_groups(Ungrouped(), images, masks)
 
 

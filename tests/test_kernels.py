@@ -283,10 +283,10 @@ def count_up(begin, end, counts):
             raise ValueError("seven")
 
 
-@pytest.mark.parametrize("team", [True, False], ids=["torch's threads", "own threads"])
+@pytest.mark.parametrize("of_torch", [True, False], ids=["torch's threads", "own threads"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_item_is_one_thread_s(team, threads, monkeypatch):
-    if not team:
+def test_every_item_is_one_thread_s(of_torch, threads, monkeypatch):
+    if not of_torch:
         monkeypatch.setattr(team, "_team_of_torch", lambda: None)
     torch.set_num_threads(threads)
     for count in (1, 2, 19, 1000):

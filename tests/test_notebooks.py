@@ -32,7 +32,7 @@ NO_PROSE = [
     r"\$\$.*?\$\$",
     r"\$[^$]*\$",
     r"\]\([^)]*\)",
-    r"\[\d\d_\w+",
+    r"\[(?:audit/)?\d\d_\w+",
     r"\b[A-Z]{2,}-\d+\b",
     NUMBERED + r"(?:(?:, | and | to )\d+)*",
     r"(?m:^#+ \d+\.)",  # the number of a section
