@@ -118,10 +118,10 @@ def counts() -> bool:
     """Whether this forward pass is one of training, from which a layer may collect.
 
     A backward pass that computes the forward again (activation checkpointing) must not count it twice. What inference
-    mode makes cannot be added to outside of it.
+    mode makes cannot be added to outside of it. A compiled graph cannot ask for that mode, and counts.
     """
     if torch.compiler.is_compiling():  # a graph that is computed again adds nothing again
-        return not exporting() and not torch.is_inference_mode_enabled()
+        return not exporting()
     again = torch._C._current_graph_task_id() != -1
     return not again and not transforming() and not torch.is_inference_mode_enabled()
 

@@ -198,6 +198,7 @@ def test_compile_with_dynamic_shapes():
         import torch
         from dynattn import ops
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
         function = lambda q, k, v, routes, mask: ops.routed_attention(q, k, v, routes, key_mask=mask, impl="numba")
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
         for size in (3, 8):

@@ -322,6 +322,7 @@ def test_compile_with_dynamic_shapes():
         import torch
         from dynattn import ops
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
         for impl in ("numba", "auto"):
             function = lambda *a: ops.grouped_attention(*a, impl=impl)
             compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -351,6 +352,7 @@ def test_the_module_compiles():
         import torch
         from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
         module = DynamicGroupAttention(8, 2, groups=5, keys=6)
         for training in (False, True):
             module.train(training)

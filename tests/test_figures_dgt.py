@@ -464,7 +464,8 @@ def test_the_paper_is_compared_where_it_has_the_row():
 def test_a_notebook_shows_what_was_drawn_with_the_shipped_weights(setup, shipped, photograph, monkeypatch, tmp_path):
     (entry,) = draw("dgt", only=[6], out=setup, progress=False)
     draw("dat", only=[6], out=setup, progress=False)
-    assert notebook.recorded("dgt", setup) == {6: entry}
+    (kept,) = notebook.recorded("dgt", setup).values()  # with four digits
+    assert (kept["figure"], kept["file"], kept["weights"]) == (6, entry["file"], entry["weights"])
     shown = []
     monkeypatch.setattr(notebook, "display", lambda markdown: shown.append(markdown.data))
     notebook.measured({"DGT 6": entry})

@@ -225,6 +225,7 @@ def test_compile_with_dynamic_shapes(operation):
         import torch
         from dynattn import ops
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
         def sample_points(size, impl):
             x, points = torch.randn(2, 3, size, size + 2), torch.rand(2, size + 1, 2) * 2 - 1
             return [x, points], lambda x, points: ops.sample_points(x, points, impl=impl)

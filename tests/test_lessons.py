@@ -69,7 +69,7 @@ def test_sliders_are_whole_where_their_numbers_are():
 # -------------------------------------------------------------------------------------------------------------- DAT
 
 
-@pytest.mark.parametrize("point", product((-1.2, 0.0, 1.5, 5.2), repeat=2))
+@pytest.mark.parametrize("point", list(product((-1.2, 0.0, 1.5, 5.2), repeat=2)))
 def test_sampling_reads_what_the_loops_read(point):
     """DAT-8: the sentence says the value of the loops; outside the map there are zeros."""
     import torch
