@@ -34,9 +34,14 @@ MUTATIONS = [
     # core
     Mutation("core.py", "return (2 * i + 1) / n - 1", "return (2 * i + 1) / (n + 1) - 1", "test_core.py"),
     Mutation("core.py", "points.flip(-1)", "points", "test_operations.py -k sample_points-torch"),
-    Mutation("core.py", "attn_mask=bias, scale=scale", "attn_mask=bias", "test_operations.py -k dense_attention"),
+    Mutation(
+        "kernels/derivatives.py",
+        "attn_mask=bias, scale=scale",
+        "attn_mask=bias",
+        "test_operations.py -k dense_attention",
+    ),
     Mutation("core.py", '"B H W (h d) -> B h (H W) d"', '"B H W (d h) -> B h (H W) d"', "test_core.py"),
-    Mutation("core.py", 'mode="bicubic", align_corners=False', 'mode="bilinear", align_corners=False', "test_core.py"),
+    Mutation("core.py", 'size=size, mode="bicubic"', 'size=size, mode="bilinear"', "test_core.py"),
     Mutation("core.py", "i[:, None] - i[None, :] + window[0]", "i[None, :] - i[:, None] + window[0]", "test_core.py"),
     # mechanisms
     Mutation("mechanisms/window.py", "labels == labels.mT", "labels <= labels.mT", "test_operations.py -k window"),
@@ -46,13 +51,13 @@ MUTATIONS = [
         "points[:, :, None])  # (B, g, L, N, 2)",
         "test_operations.py -k deformable_attention-torch",
     ),
-    Mutation("mechanisms/deformable.py", "raw.tanh() * raw", "raw.sin() * raw", "test_deformable.py"),
+    Mutation("mechanisms/deformable.py", "* raw.tanh()", "* raw.sin()", "test_deformable.py"),
     Mutation("mechanisms/deformable.py", "points.clamp(-1, 1)", "points.clamp(-2, 2)", "test_deformable.py"),
     Mutation("mechanisms/deformable_detr.py", "(B h) d (L K) ->", "(B h) d (K L) ->", "test_operations.py -k detr"),
     Mutation(
-        "mechanisms/dynamic_group.py",
-        "rank = torch.arange(B * h * L",
-        "rank = 0 * torch.arange(B * h * L",
+        "kernels/grouped.py",
+        "rank = torch.arange(L",
+        "rank = 0 * torch.arange(L",
         "test_operations.py -k grouped_attention-torch",
     ),
     Mutation("mechanisms/dynamic_group.py", "descending=True, stable=True", "stable=True", "test_dynamic_group.py"),
@@ -105,7 +110,7 @@ MUTATIONS = [
     ),
     Mutation("data/shapes.py", ">= VISIBLE * area", ">= 0 * area", "test_data.py"),
     # verify
-    Mutation("verify/__init__.py", "wrong = ~(error <= allowed)", "wrong = error > allowed", "test_mutants.py"),
+    Mutation("verify/comparing.py", "wrong = ~(error <= allowed)", "wrong = error > allowed", "test_mutants.py"),
     # cost, training
     Mutation(
         "cost.py", "model = create_model(row.model, **row.options)", "model = create_model(row.model)", "test_cost.py"
