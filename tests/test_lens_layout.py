@@ -120,5 +120,5 @@ def test_four_panels_are_alike_and_in_view(browser, panels, tmp_path):
             assert boxes(page, ".lens-help")[0, [1, 3]].sum() <= height
             assert page.locator("select.lens-layer").first.get_attribute("title") == DEFORMABLE
             assert page.locator("select.lens-layer option:checked").first.inner_text() == "stage 2, block 4, deformable"
-            assert page.locator(".lens-meaning").first.inner_text() == meaning(0.5, cells=False)
+            assert page.locator(".lens-meaning").first.inner_text() == f"16 × 16 queries. {meaning(0.5, cells=False)}"
         page.close()

@@ -97,7 +97,7 @@ function meaning(fade, cells) {
     ? "Squares: cells that the query reads; colour: weight."
     : "Dots: points that the query reads; area and colour: weight.";
   const rollout =
-    "Rollout: how much each cell of the first layer gives to the query's cell of the last, through all layers.";
+    "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers.";
   return [...(fade < 1 ? [keys] : []), ...(fade > 0 ? [rollout] : [])].join(" ");
 }
 
@@ -119,13 +119,11 @@ class Panel {
     this.figure = element("figure", "lens-panel", parent);
     const caption = element("figcaption", "", this.figure);
     element("span", "lens-name", caption, { textContent: name });
-    this.size = element("span", "lens-size", caption);
-    const choices = element("div", "lens-choices", this.figure);
-    this.layers = this.choice("layer", choices);
+    this.heads = this.choice("head", caption);
+    this.layers = this.choice("layer", this.figure);
     for (const layer of layers) {
       element("option", "", this.layers, { value: layer.name, textContent: layer.title, title: layer.name });
     }
-    this.heads = this.choice("head", choices);
 
     this.stage = element("div", "lens-stage", this.figure, { tabIndex: 0 });
     this.stage.style.setProperty("--lens-aspect", aspect);
@@ -159,7 +157,7 @@ class Panel {
   }
 
   choice(name, parent) {
-    const label = element("label", "", parent, { textContent: name === "layer" ? "" : name }); // its options say it
+    const label = element("label", "lens-choice", parent, { textContent: name === "layer" ? "" : name }); // a layer says it
     const select = element("select", `lens-${name}`, label);
     select.setAttribute("aria-label", name);
     return select;
@@ -307,10 +305,9 @@ class Panel {
 
   update() {
     const { layer, head } = this.chosen;
-    const { heads, cells } = layerOf(this.panel, layer);
+    const { heads } = layerOf(this.panel, layer);
     this.layers.value = layer;
     this.layers.title = layer;
-    this.size.textContent = `${cells.join(" × ")} queries`;
     if (this.heads.length !== heads + 1) {
       this.heads.replaceChildren();
       element("option", "", this.heads, { value: MEAN, textContent: "mean" });
@@ -348,7 +345,7 @@ class Panel {
       text += `. Rollout of cell ${place(...shown.last)} of the last layer: heaviest ${amount(heat[hot])} at ${place(...at)}`;
     }
     this.status.textContent = text;
-    this.meaning.textContent = meaning(fade, cells);
+    this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, cells)}`;
     const rollout = fade > 0.5 && hot >= 0;
     this.scaleName.textContent = rollout ? "rollout" : "weight";
     this.most.textContent = amount(rollout ? heat[hot] : key < 0 ? 0 : weight);

@@ -190,9 +190,7 @@ def meaning(fade: float, cells: bool) -> str:
     keys = "Squares: cells that the query reads; colour: weight."
     if not cells:
         keys = "Dots: points that the query reads; area and colour: weight."
-    rollout = (
-        "Rollout: how much each cell of the first layer gives to the query's cell of the last, through all layers."
-    )
+    rollout = "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers."
     return " ".join([keys] * (fade < 1) + [rollout] * (fade > 0))
 
 
