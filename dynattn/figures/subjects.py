@@ -69,7 +69,7 @@ def load_subject(file: str | Path | None = None, name: str | None = None) -> Sub
             re.sub(r"^(path_or_state_dict|state_dict|file|state): ", "weights (--weights): ", str(error))
         ) from error
     if name not in (None, found):
-        raise ValueError(f"model (--model): expected {found}, which is what {file} holds, got {name!r}")
+        raise ValueError(f"model: expected {found}, which is what {file} holds, got {name!r}")
     if file.suffix == ".safetensors":
         story = weights.read(file)[1]
         arguments = story["arguments"]
