@@ -8,10 +8,13 @@ import argparse
 import json
 import os
 import re
+import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from . import __version__, plugins
@@ -86,18 +89,60 @@ def check(**options) -> int:
     return 0 if passed else 1
 
 
-def lab(notebook: str, no_browser: bool = False, allow_root: bool = False) -> None:
-    """Open JupyterLab on a notebook, from the folder that holds it."""
+def lab(
+    notebook: str, port: int | None = None, no_browser: bool = False, allow_root: bool = False, log: bool = False
+) -> None:
+    """Open JupyterLab on a notebook, from the folder that holds it, and say where in one line.
+
+    What only teachers need, nbgrader's menu and buttons, is left out here; `jupyter lab` has it.
+    """
     file = find_notebook(notebook)
     if find_spec("jupyterlab") is None:
         raise FileNotFoundError("JupyterLab is not installed: in the project's folder, pip install -e '.[notebooks]'")
     from jupyterlab.labapp import LabApp
 
+    port = free_port(port)
     root = NOTEBOOKS.parent if file.is_relative_to(NOTEBOOKS) else file.parent  # the code beside the notebooks
     os.chdir(root)  # JupyterLab shows the folder that it is started in
     address = "/lab/tree/" + quote(file.relative_to(root).as_posix())
+    token = os.environ["JUPYTER_TOKEN"] = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(16)
     flags = ["--no-browser"] * no_browser + ["--allow-root"] * allow_root
-    LabApp.launch_instance([f"--LabApp.default_url={address}", *flags])
+    if not log:
+        flags += ["--ServerApp.log_level=ERROR", "--LabApp.log_level=ERROR"]
+    print(f"JupyterLab: http://localhost:{port}{address}?token={token} (Ctrl+C ends it)", flush=True)
+    with TemporaryDirectory() as settings:
+        leave_out(Path(settings))
+        others = os.environ.get("JUPYTER_CONFIG_PATH")
+        os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([settings, *([others] if others else [])])
+        LabApp.launch_instance(
+            [f"--LabApp.default_url={address}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", *flags]
+        )
+
+
+def free_port(port: int | None) -> int:
+    """`port`, or the first free one from Jupyter's own on. Raises OSError where it is in use, before Jupyter starts."""
+    for number in range(8888, 8988) if port is None else [port]:
+        with socket.socket() as trial:
+            if os.name == "posix":
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                trial.bind(("localhost", number))
+                return number
+            except OSError:
+                continue
+    taken = "none from 8888 to 8987 is free" if port is None else f"{port} is not free"
+    raise OSError(f"port: {taken}; choose another with --port")
+
+
+def leave_out(settings: Path) -> None:
+    """Write settings for the JupyterLab of this process that keep nbgrader out; the user's own are not touched."""
+    parts = ("formgrader", "validate_assignment", "assignment_list", "course_list")
+    extensions = {f"nbgrader.server_extensions.{part}": False for part in parts}
+    server = {"ServerApp": {"jpserver_extensions": extensions}}
+    page = {"disabledExtensions": {"@jupyter/nbgrader": True}}
+    for name, content in (("jupyter_server_config.d/dynattn.json", server), ("labconfig/page_config.json", page)):
+        (settings / name).parent.mkdir()
+        (settings / name).write_text(json.dumps(content))
 
 
 def find_notebook(name: str) -> Path:
@@ -204,13 +249,15 @@ def add_lab(commands) -> None:
         lab,
         "open JupyterLab on the tour",
         "Opens the project's notebooks, which need the project's folder (not the installed package alone).",
-        "  dynattn lab\n  dynattn lab 01_dat\n  dynattn lab --no-browser",
+        "  dynattn lab\n  dynattn lab 01_dat\n  dynattn lab --port 8899 --no-browser",
     )
     sub.add_argument(
         "notebook", nargs="?", default="00_tour", metavar="NOTEBOOK", help="a name or a path (default: %(default)s)"
     )
+    sub.add_argument("--port", type=port_number, metavar="N", help="(default: the first free one from 8888 on)")
     sub.add_argument("--no-browser", action="store_true", help="only print the address to open")
     sub.add_argument("--allow-root", action="store_true", help="run as root, as in a container; Jupyter else refuses")
+    sub.add_argument("--log", action="store_true", help="show Jupyter's log (default: its errors alone)")
 
 
 def add_table(commands) -> None:
@@ -330,6 +377,13 @@ def figure_number(text: str) -> int | str:
     if not re.fullmatch(r"table\d+[a-z]?", text):
         raise argparse.ArgumentTypeError(f"expected the number of a figure, or a table as table4b, got {text!r}")
     return text
+
+
+def port_number(text: str) -> int:
+    """A port, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def existing_file(text: str) -> Path:

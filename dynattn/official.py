@@ -256,9 +256,10 @@ def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[st
     return "\n".join(lines)
 
 
-def model_from(path: str | os.PathLike) -> tuple[str, nn.Module]:
+def model_from(path: str | os.PathLike, name: str | None = None) -> tuple[str, nn.Module]:
     """The name and the model, in eval mode, of any checkpoint file: a published one, or one that `train` wrote.
 
+    name: of the model whose `state_dict()` the file holds, as `torch.save` wrote it; nothing in such a file says it.
     Raises FileNotFoundError, ValueError when it cannot be read or fits no model.
     """
     path = Path(path)
@@ -268,5 +269,23 @@ def model_from(path: str | os.PathLike) -> tuple[str, nn.Module]:
         load_trained(model, state)
         return metadata["name"], model.eval()
     state = read_state_dict(path)
-    name, options = identify(state)
-    return name, load_official(create_model(name, **options), state).eval()
+    if not any(mark in state for mark, _ in IDENTIFIERS) and name is not None:
+        return name, own_model(name, state).eval()
+    try:
+        found, options = identify(state)
+    except ValueError as error:
+        advice = "say which of our models it is of, with name=... (--model NAME)"
+        raise ValueError(f"{error}\nIf it is what torch.save(model.state_dict()) wrote, {advice}.") from error
+    return found, load_official(create_model(found, **options), state).eval()
+
+
+def own_model(name: str, state: dict[str, Tensor]) -> nn.Module:
+    """A model of ours, by its name, with entries that its `state_dict()` had; the classes are those of the entries.
+
+    Raises ValueError where they do not fit.
+    """
+    head = state.get("head.weight")
+    model = create_model(name, **({} if head is None else {"num_classes": len(head)}))
+    buffers = {key: value for key, value in model.state_dict().items() if DERIVED.search(key)}  # left out on reading
+    load_trained(model, buffers | state)
+    return model

@@ -198,9 +198,9 @@ def use(page, traces: list[Trace], layers: list[str], *, packed: bool) -> None:
     page.mouse.move(*first.at(y, x))
     tip = first.figure.locator(".lens-tip")
     tip.wait_for(state="visible")
-    assert tip.inner_text().startswith(f"weight {weight:.3g} at (")
-    assert f"{len(keys)} keys, heaviest {weight:.3g} at (" in first.status()
-    assert first.status().startswith("Query (row 92, col 36), cell (11, 4), ")
+    assert tip.inner_text().startswith(f"weight {weight:.3g} at (row ")
+    assert f"{len(keys)} points, heaviest {weight:.3g} at (row " in first.status()
+    assert first.status().startswith("Query (row 92, col 36), cell (row 11, col 4) of stage 2, block 4, deformable, ")
     page.mouse.move(1, 1)
     tip.wait_for(state="hidden")
 
@@ -222,7 +222,7 @@ def use(page, traces: list[Trace], layers: list[str], *, packed: bool) -> None:
     i, j = divmod(int(heat.argmax()), 32)
     colour = first.colour(4 * i + 1.5, 4 * j + 1.5)
     assert colour[:3] == pytest.approx(YELLOW, abs=2)
-    assert "Rollout of cell (5, 2) of the last layer: heaviest" in first.status()
+    assert "Rollout of cell (row 5, col 2) of the last layer: heaviest" in first.status()
     page.mouse.move(*first.at(4 * i + 1.5, 4 * j + 1.5))
     tip.wait_for(state="visible")
     assert tip.inner_text() == f"rollout {heat.max():.3g}"

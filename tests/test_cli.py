@@ -2,7 +2,9 @@
 
 import argparse
 import inspect
+import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -151,6 +153,8 @@ def launched(monkeypatch):
     calls = []
     app = SimpleNamespace(launch_instance=calls.append)
     monkeypatch.setattr(cli, "find_spec", lambda name: name)
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "")
+    monkeypatch.setenv("JUPYTER_TOKEN", "")
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", SimpleNamespace(LabApp=app))
     return calls
 
@@ -158,14 +162,53 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("name", [None, "00_tour", "00_tour.ipynb", "notebooks/00_tour.ipynb"])
 def test_lab_opens_a_notebook_by_name_or_path(checkout, launched, name):
     assert cli.main(["lab", "--no-browser"] + [name] * (name is not None)) == 0
-    assert launched == [["--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb", "--no-browser"]]
+    ((address, port, retries, *flags),) = launched
+    assert address == "--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb"
+    assert port.startswith("--ServerApp.port=") and retries == "--ServerApp.port_retries=0"
+    assert flags == ["--no-browser", "--ServerApp.log_level=ERROR", "--LabApp.log_level=ERROR"]
     assert Path.cwd() == checkout
 
 
 def test_lab_opens_a_notebook_elsewhere(checkout, launched, tmp_path):
     (tmp_path / "my own.ipynb").touch()
-    assert cli.main(["lab", "my own.ipynb"]) == 0
-    assert launched == [["--LabApp.default_url=/lab/tree/my%20own.ipynb"]]
+    assert cli.main(["lab", "my own.ipynb", "--log"]) == 0
+    assert [call[0] for call in launched] == ["--LabApp.default_url=/lab/tree/my%20own.ipynb"]
+    assert not any("log_level" in option for option in launched[0])
+
+
+def test_lab_says_in_one_line_where_it_is(checkout, launched, monkeypatch, capsys):
+    monkeypatch.setenv("JUPYTER_TOKEN", "abc")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    assert cli.main(["lab", "--port", str(port)]) == 0
+    address = f"http://localhost:{port}/lab/tree/notebooks/00_tour.ipynb?token=abc"
+    assert capsys.readouterr().out == f"JupyterLab: {address} (Ctrl+C ends it)\n"
+    with socket.socket() as taken:
+        taken.bind(("localhost", port))
+        taken.listen()
+        assert cli.main(["lab", "--port", str(port)]) == 2
+    assert f"port: {port} is not free; choose another with --port" in capsys.readouterr().err
+    assert len(launched) == 1
+
+
+def test_lab_leaves_out_what_only_teachers_need(checkout, monkeypatch):
+    """In settings of its own, which end with it; those of the user are not touched."""
+    seen = {}
+
+    def launch(options):
+        folder = Path(os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0])
+        seen["page"] = json.loads((folder / "labconfig" / "page_config.json").read_text())
+        seen["folder"] = folder
+
+    monkeypatch.setattr(cli, "find_spec", lambda name: name)
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "theirs")
+    monkeypatch.setenv("JUPYTER_TOKEN", "abc")
+    app = SimpleNamespace(launch_instance=launch)
+    monkeypatch.setitem(sys.modules, "jupyterlab.labapp", SimpleNamespace(LabApp=app))
+    assert cli.main(["lab"]) == 0
+    assert seen["page"] == {"disabledExtensions": {"@jupyter/nbgrader": True}}
+    assert not seen["folder"].exists() and os.environ["JUPYTER_CONFIG_PATH"].endswith("theirs")
 
 
 def test_lab_tells_what_is_missing(checkout, launched, monkeypatch, capsys):

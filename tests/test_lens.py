@@ -145,9 +145,11 @@ def test_words_say_what_is_seen(lens):
     lens.row, lens.col, lens.layer, lens.head, lens.fade = 40, 60, DEFORMABLE, 2, 0.5
     x, y, weight = max(expected(lens.traces[0][DEFORMABLE], 40, 60, 2), key=lambda key: key[2])
     text = repr(lens)
-    assert text.startswith("DAT: Query (row 40, col 60), cell (2, 3), stages.2.blocks.1.attn, head 2: 16 keys, ")
-    assert f"heaviest {weight:.3g} at ({y:.1f}, {x:.1f})" in text.replace(".0,", ",")
-    assert "Rollout of cell (2, 3) of the last layer: heaviest 0.0" in text
+    assert text.startswith(
+        "DAT: Query (row 40, col 60), cell (row 2, col 3) of stage 3, block 2, deformable, head 2: 16 points, "
+    )
+    assert f"heaviest {weight:.3g} at (row {round(float(y), 1):g}, col {round(float(x), 1):g})" in text
+    assert "Rollout of cell (row 2, col 3) of the last layer: heaviest 0.0" in text
 
 
 class Spread(Record):

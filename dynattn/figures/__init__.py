@@ -18,7 +18,7 @@ from dynattn import core, plugins
 
 from . import gallery
 from .drawing import Paper, Plan
-from .subjects import Setting, load_subject
+from .subjects import Setting, load_subject, squeezed
 
 FIGURES: dict[str, Paper] = {}
 
@@ -76,6 +76,8 @@ def draw(
     setting = Setting(about, subject, image, seed, progress)
     numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
     setting.check()
+    if setting.own and (shape := squeezed(setting.own)):
+        print(shape)
     networks = {network: n for number in numbers for network, n in plans[number].networks(setting).items()}
     out = default_folder(image, weights, model) if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def deformed_points(setting: Setting) -> Drawing:
         ]
     groups = layers[0][0].groups
     caption = (
-        f"{' and '.join(names)}: of each map the deformable layer {chosen_by(found, 'points')}"
+        f"{' and '.join(names)}: of each map the deformable layer {chosen_by(found, 'points', setting)}"
         f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and "
         f"heads. {conditions(setting, pictures, measures)}"
     )
@@ -207,9 +207,12 @@ def choose(layers: Sequence[Record], found: dict[str, dict] | None, kind: str) -
     return max((record.name for record in layers), key=lambda name: found[name][f"{kind}_ratio"])
 
 
-def chosen_by(found: dict[str, dict] | None, kind: str) -> str:
-    """The rule of `choose` in words."""
-    return "that comes last" if found is None else f"with most {kind} on the object, relative to another image's mask"
+def chosen_by(found: dict[str, dict] | None, kind: str, setting: Setting) -> str:
+    """The rule of `choose` in words; a photograph of one's own has no mask that could choose."""
+    if found is None:
+        return "that comes last"
+    rule = f"with most {kind} on the object, relative to another image's mask"
+    return rule if setting.image is None else f"that had, on test images, {rule.removeprefix('with ')}"
 
 
 def draw_points(ax: Axes, record: Record) -> None:
@@ -242,7 +245,8 @@ def attention(setting: Setting) -> Drawing:
     found = found_windows = None
     if setting.subject.knows_shapes:
         found = setting.trained()["layers"]
-        found_windows = setting.evaluation(label, other.model, layers=candidates)["layers"]
+        measured = setting.recorded(other) or setting.evaluation(label, other.model, layers=candidates)
+        found_windows = measured["layers"]
     names = choose(layers, found, "attention"), choose(windows, found_windows, "attention")
     if setting.image is None:
         networks = setting.evaluations()
@@ -261,8 +265,8 @@ def attention(setting: Setting) -> Drawing:
         ]
     caption = (
         f"DAT: {names[0]}, {label}: {names[1]}; each of its layers on the {size_of(windows[0])} (the last with several "
-        f"windows) the one {chosen_by(found, 'attention')}. Area of a dot: attention, mean over heads, at the same "
-        f"scale. {conditions(setting, pictures, measures)}"
+        f"windows) the one {chosen_by(found, 'attention', setting)}. Area of a dot: attention, mean over heads, at the "
+        f"same scale. {conditions(setting, pictures, measures)}"
     )
     asked = (
         ["query on object", "in background"]
@@ -346,8 +350,8 @@ def of_the_sweep(setting: Setting) -> dict[str, int]:
 
 def with_windows(setting: Setting) -> dict[str, int]:
     """Those of figure 7, with what stands beside DAT."""
-    label, _ = windowed(setting)
-    chosen = {label: setting.count} if setting.subject.knows_shapes else {}
+    label, other = windowed(setting)
+    chosen = {label: setting.count} if setting.subject.knows_shapes and not setting.recorded(other) else {}
     beside_it = {} if setting.image is not None else dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
     return of_layers(setting) | chosen | beside_it
 

@@ -51,7 +51,7 @@ MEASURED = "NMI: 2 I / (H + H') of an image's groups and its object; "
 
 def twins(setting: Setting) -> dict[str, nn.Module]:
     """Random networks like the subject, of several seeds."""
-    seeds, images = range(setting.seed, setting.seed + TWINS), setting.test_set[0][:64]
+    seeds, images = range(setting.seed, setting.seed + TWINS), setting.few
     return {f"{RANDOM}, {SEED}{seed}": random_twin(setting.subject, seed, images) for seed in seeds}
 
 

@@ -12,7 +12,7 @@ from dynattn import weights
 from dynattn.tracing import Record, Trace, trace
 
 from . import style
-from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject
+from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject, squeezed
 
 NAMES = {
     "points": "points on the object",
@@ -93,7 +93,8 @@ def of_the_subject(setting: Setting) -> dict[str, int]:
 
 def of_layers(setting: Setting) -> dict[str, int]:
     """Those of a figure whose layers are chosen by what they measure."""
-    chosen = {setting.subject.name: setting.count} if setting.subject.knows_shapes else {}
+    measured = setting.subject.knows_shapes and not setting.recorded(setting.subject)
+    chosen = {setting.subject.name: setting.count} if measured else {}
     return of_the_subject(setting) | chosen
 
 
@@ -168,7 +169,8 @@ def conditions(
     several = f"; random weights {' and '.join(setting.paper.random)}" * (len(measures[0]["random"]) > 1)
     if setting.image is not None:
         values = [f"{one['name']} {one['trained']:.2f} ({at_random(one)})" for one in measures]
-        return text + f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}{several}."
+        text += f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}{several}."
+        return text + (f" {shape}." if (shape := squeezed(pictures[0])) else "")
     known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
     unknown = [one.name for one in pictures if one.mask is None]
     text += f"Test images {', '.join(known)}. "

@@ -1,5 +1,6 @@
 """What is drawn: a model with the story of its weights, and pictures with what the model sees of them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,11 +19,14 @@ from dynattn.models.registry import check_name
 from dynattn.official import model_from
 from dynattn.tracing import trace
 
+from . import recorded
+
 if TYPE_CHECKING:
     from .drawing import Paper
 
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
+FEW = 64  # of them, for the statistics of random networks
 RANDOM, SEED = "random weights", "seed "
 CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
@@ -58,7 +62,12 @@ def load_subject(file: str | Path | None = None, name: str | None = None) -> Sub
         check_name(name)
     own = file is None
     file = weights.path(name) if own else Path(file)
-    found, model = model_from(file)
+    try:
+        found, model = model_from(file, name)
+    except (ValueError, FileNotFoundError) as error:  # in the words of who gave the file
+        raise type(error)(
+            re.sub(r"^(path_or_state_dict|state_dict|file|state): ", "weights (--weights): ", str(error))
+        ) from error
     if name not in (None, found):
         raise ValueError(f"model: expected {found}, which is what {file} holds, got {name!r}")
     if file.suffix == ".safetensors":
@@ -130,6 +139,16 @@ def own_picture(file: str | Path, size: tuple[int, int]) -> Picture:
     return Picture(name, to_input(picture, size)[0], np.array(shown))
 
 
+def squeezed(picture: Picture) -> str:
+    """What happens to a picture of another shape than the model sees, in words; empty where nothing does."""
+    (h, w), (H, W) = picture.shown.shape[:2], picture.shape
+    ratio = (w / h) / (W / H)
+    if abs(ratio - 1) < 0.01:
+        return ""
+    side, by = ("width", ratio) if ratio > 1 else ("height", 1 / ratio)
+    return f"The model sees the whole photograph at {H} × {W}, its {side} squeezed by {by:.2f}"
+
+
 @dataclass
 class Setting:
     """All that the figures of one run share; a network is measured once, when a figure first asks for it."""
@@ -165,9 +184,22 @@ class Setting:
         size = self.subject.size
         return [test_picture(i, size) for i in indices] + [sample_picture(name, size) for name in samples]
 
+    @cached_property
+    def few(self) -> UInt8[np.ndarray, "n 3 H W"]:
+        """The first test images, for the statistics of random networks; beside a photograph no more are made."""
+        if self.image is None:
+            return self.test_set[0][:FEW]
+        side = max(self.subject.size)
+        images = Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count)
+        return np.stack([images[i][0].numpy() for i in range(min(FEW, len(images)))])
+
     def twin(self, subject: Subject, **changes) -> nn.Module:
         """A random network like `subject`."""
-        return random_twin(subject, self.seed, self.test_set[0][:64], **changes)
+        return random_twin(subject, self.seed, self.few, **changes)
+
+    def recorded(self, subject: Subject) -> dict | None:
+        """What is known of a shipped network without measuring it again, beside a photograph of one's own."""
+        return recorded.measured(subject.name) if self.image is not None and subject.shipped else None
 
     @cached_property
     def twins(self) -> dict[str, nn.Module]:
@@ -200,7 +232,7 @@ class Setting:
 
     def trained(self) -> dict:
         """The evaluation of the subject itself."""
-        return self.evaluation(self.subject.name, self.subject.model)
+        return self.recorded(self.subject) or self.evaluation(self.subject.name, self.subject.model)
 
     def evaluations(self) -> dict[str, dict]:
         """Those of the subject, under its name, of other seeds, and of its random twins."""

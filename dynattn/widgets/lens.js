@@ -7,10 +7,10 @@
    layer, head a layer's name, and a number or "mean", for every panel
    fade        0 shows the attention, 1 the rollout
    scene       fixed, for every panel: name; shape [H, W] of the image that its model saw, whose pixels all positions
-               are, centres at integers; picture (data URL) and its aspect; layers, each with name, kind, heads,
+               are, centres at integers; picture (data URL) and its aspect; layers, each with name, title, heads,
                cells [rows, cols] and stride [rows, cols]; first, last: cells and stride of the network's outer layers
    shown       the answer, for every panel: the row, col, layer, head it is for; cell [i, j] of the query; keys, float32
-               x, y, weight of each key; last, the cell of the query in the last layer; heat, float32, the rollout over
+               x, y, weight of each key; counts, of the keys of each head; last, the cell of the query in the last layer; heat, float32, the rollout over
                the cells of the first layer (last and heat only while fade > 0)
 
    This side sets row, col, layer, head, fade; the other side answers by setting shown. What is on the screen always
@@ -23,6 +23,7 @@ const VIRIDIS = [
 const STAR = "#E8112D";
 const INK = "#222222";
 const MEAN = "mean";
+const [NARROWEST, GAP] = [205, 16]; // px: a panel, and what lies between two
 const PATIENCE = 1500; // ms without an answer after which the status says so
 
 function colour(share, alpha = 1) {
@@ -48,7 +49,7 @@ function floats(value) {
 
 const short = (value, digits = 1) => String(+value.toFixed(digits));
 const amount = (value) => (value === 0 ? "0" : String(+value.toPrecision(3)));
-const place = (y, x) => `(${short(y)}, ${short(x)})`;
+const place = (y, x) => `(row ${short(y)}, col ${short(x)})`;
 const headName = (head, heads) => (head === MEAN ? `mean of ${heads} heads` : `head ${head}`);
 const layerOf = (panel, name) => panel.layers.find((layer) => layer.name === name);
 
@@ -80,6 +81,32 @@ function onCells(keys, grid) {
   return true;
 }
 
+/* How many keys are shown, and where the number comes from: `count_name` of panel.py. */
+function countName(found, counts, cells) {
+  const [one, heads, what] = [counts[0], counts.length, cells ? "cells" : "points"];
+  const alike = counts.every((count) => count === one);
+  if (alike && found === one) return `${found} ${what}`;
+  if (alike && !cells && found % one === 0) return `${one} ${what} × ${found / one} groups`;
+  if (alike) return `${found} ${what} (${one} × ${heads} heads${found < one * heads ? ", some shared" : ""})`;
+  return `${found} ${what} of ${heads} heads`;
+}
+
+/* What the marks on a panel mean: `meaning` of panel.py. */
+function meaning(fade, cells) {
+  const keys = cells
+    ? "Squares: cells that the query reads; colour: weight."
+    : "Dots: points that the query reads; area and colour: weight.";
+  const rollout =
+    "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers.";
+  return [...(fade < 1 ? [keys] : []), ...(fade > 0 ? [rollout] : [])].join(" ");
+}
+
+/* How many columns of equal width hold n panels: one row if they fit, else rows that are as full as each other. */
+function columnsFor(n, width) {
+  const fit = Math.max(1, Math.min(n, Math.floor((width + GAP) / (NARROWEST + GAP))));
+  return Math.ceil(n / Math.ceil(n / fit));
+}
+
 /* ------------------------------------------------------------------------------------------------------ one panel */
 
 class Panel {
@@ -92,16 +119,14 @@ class Panel {
     this.figure = element("figure", "lens-panel", parent);
     const caption = element("figcaption", "", this.figure);
     element("span", "lens-name", caption, { textContent: name });
-    this.kind = element("span", "lens-kind", caption);
-    const choices = element("div", "lens-choices", this.figure);
-    this.layers = this.choice("layer", choices);
+    this.heads = this.choice("head", caption);
+    this.layers = this.choice("layer", this.figure);
     for (const layer of layers) {
-      element("option", "", this.layers, { value: layer.name, textContent: `${layer.name} · ${layer.kind}` });
+      element("option", "", this.layers, { value: layer.name, textContent: layer.title, title: layer.name });
     }
-    this.heads = this.choice("head", choices);
 
     this.stage = element("div", "lens-stage", this.figure, { tabIndex: 0 });
-    this.stage.style.aspectRatio = aspect;
+    this.stage.style.setProperty("--lens-aspect", aspect);
     this.stage.setAttribute("role", "application");
     this.stage.setAttribute("aria-roledescription", "attention lens");
     this.stage.setAttribute("aria-label", `Photograph of ${shape[0]} by ${shape[1]} pixels, seen by ${name}`);
@@ -114,6 +139,7 @@ class Panel {
     element("span", "", scale, { textContent: "0" });
     element("span", "lens-bar", scale).style.background = `linear-gradient(to right, ${VIRIDIS.map((c) => `rgb(${c})`)})`;
     this.most = element("span", "", scale);
+    this.meaning = element("p", "lens-meaning", this.figure);
     this.status = element("p", "lens-status", this.figure);
     this.status.id = `lens-${Math.random().toString(36).slice(2)}`;
     this.status.setAttribute("role", "status");
@@ -131,8 +157,10 @@ class Panel {
   }
 
   choice(name, parent) {
-    const label = element("label", "", parent, { textContent: name });
-    return element("select", `lens-${name}`, label);
+    const label = element("label", "lens-choice", parent, { textContent: name === "layer" ? "" : name }); // a layer says it
+    const select = element("select", `lens-${name}`, label);
+    select.setAttribute("aria-label", name);
+    return select;
   }
 
   /* What was chosen, and what is shown; the two differ while an answer is under way. */
@@ -277,9 +305,9 @@ class Panel {
 
   update() {
     const { layer, head } = this.chosen;
-    const { heads, kind, cells } = layerOf(this.panel, layer);
+    const { heads } = layerOf(this.panel, layer);
     this.layers.value = layer;
-    this.kind.textContent = `${kind}, ${cells.join(" × ")} queries`;
+    this.layers.title = layer;
     if (this.heads.length !== heads + 1) {
       this.heads.replaceChildren();
       element("option", "", this.heads, { value: MEAN, textContent: "mean" });
@@ -307,15 +335,17 @@ class Panel {
     const key = heaviest(keys, 3, 2);
     const [x, y, weight] = keys.subarray(3 * key, 3 * key + 3);
     const query = moved(shown.row, shown.col, this.model.get("scene")[0].shape, this.panel.shape);
-    let text = `Query (row ${short(query[0])}, col ${short(query[1])}), cell (${shown.cell.join(", ")}), ${layer.name}, ${headName(shown.head, layer.heads)}: `;
-    text += key < 0 ? "no keys" : `${keys.length / 3} keys, heaviest ${amount(weight)} at ${place(y, x)}`;
+    const cells = onCells(keys, layer);
+    let text = `Query ${place(...query)}, cell ${place(...shown.cell)} of ${layer.title}, ${headName(shown.head, layer.heads)}: `;
+    text += key < 0 ? "no keys" : `${countName(keys.length / 3, shown.counts, cells)}, heaviest ${amount(weight)} at ${place(y, x)}`;
     const hot = heaviest(heat);
     if (fade > 0 && hot >= 0) {
       const { cells, stride } = this.panel.first;
       const at = [Math.floor(hot / cells[1]), hot % cells[1]].map((cell, i) => (cell + 0.5) * stride[i] - 0.5);
-      text += `. Rollout of cell (${shown.last.join(", ")}) of the last layer: heaviest ${amount(heat[hot])} at ${place(...at)}`;
+      text += `. Rollout of cell ${place(...shown.last)} of the last layer: heaviest ${amount(heat[hot])} at ${place(...at)}`;
     }
     this.status.textContent = text;
+    this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, cells)}`;
     const rollout = fade > 0.5 && hot >= 0;
     this.scaleName.textContent = rollout ? "rollout" : "weight";
     this.most.textContent = amount(rollout ? heat[hot] : key < 0 ? 0 : weight);
@@ -449,7 +479,19 @@ function render({ model, el }) {
   const row = element("div", "lens-panels", root);
   const panels = model.get("scene").map((_, number) => new Panel(model, number, row));
 
+  /* Panels are as wide as each other, and photographs no higher than the window has room for. */
+  const arrange = () => {
+    const columns = columnsFor(panels.length, row.clientWidth);
+    row.style.setProperty("--lens-columns", columns);
+    const rows = columns > 1 ? Math.ceil(panels.length / columns) : 1; // one column is for scrolling
+    row.style.setProperty("--lens-rows", rows);
+    row.classList.toggle("lens-low", rows > 1);
+  };
+  const observer = new ResizeObserver(arrange);
+  observer.observe(row);
+
   const help = element("p", "lens-help", root);
+  element("span", "", help, { textContent: "★ the query, framed: its cell; (row, col): pixels of what the model saw" });
   const keys = [["click", "a pixel"], ["← ↑ ↓ →", "next cell"], [", .", "head"], ["[ ] or PgUp PgDn", "layer"]];
   for (const [key, text] of keys) {
     const item = element("span", "", help);
@@ -476,6 +518,7 @@ function render({ model, el }) {
   for (const event of events) model.on(event, update);
   update();
   return () => {
+    observer.disconnect();
     window.removeEventListener("keydown", type, true);
     for (const event of events) model.off(event, update);
     panels.forEach((panel) => panel.remove());
@@ -501,7 +544,7 @@ async function unpack(text) {
   return arrays;
 }
 
-/* What a layer's queries read, see `pack_rows` of page.py: keys(query, head) as x, y, weight. */
+/* What a layer's queries read, see `pack_rows` of page.py: of a query and head, keys as x, y, weight, and counts. */
 async function layerRows(text, layer) {
   const { position, count, scale, step, weight } = await unpack(text);
   const start = new Uint32Array(count.length + 1);
@@ -519,7 +562,10 @@ async function layerRows(text, layer) {
         sum.set(at, (sum.get(at) ?? 0) + (scale[row] * weight[k]) / 255 / heads.length);
       }
     }
-    return Float32Array.from([...sum].flatMap(([at, w]) => [position[2 * at], position[2 * at + 1], w]));
+    return {
+      keys: Float32Array.from([...sum].flatMap(([at, w]) => [position[2 * at], position[2 * at + 1], w])),
+      counts: heads.map((m) => count[m * queries + query]),
+    };
   };
 }
 
@@ -565,11 +611,11 @@ class Page {
     const [layer, head] = [layerOf(panel, this.state.layer[p]), this.state.head[p]];
     const at = moved(row, col, this.state.scene[0].shape, panel.shape);
     const [cell, last] = [cellOf(...at, layer), cellOf(...at, panel.last)];
-    const keys = await this.once(`${p} ${layer.name}`, () => layerRows(this.rows[p][layer.name], layer));
+    const read = await this.once(`${p} ${layer.name}`, () => layerRows(this.rows[p][layer.name], layer));
     const heat = await this.once(p, () => rolloutRows(this.rollouts[p], panel.first.cells));
     return {
       row, col, layer: layer.name, head, cell, last,
-      keys: keys(cell[0] * layer.cells[1] + cell[1], head),
+      ...read(cell[0] * layer.cells[1] + cell[1], head),
       heat: heat(last[0] * panel.last.cells[1] + last[1]),
     };
   }

@@ -187,6 +187,7 @@ def answer(view: View, *, rollout: bool) -> list[dict[str, Any]]:
                 "head": reading.head,
                 "cell": list(reading.cell),
                 "keys": reading.keys.astype("<f4").tobytes(),
+                "counts": list(reading.counts),
                 "last": last and list(last),
                 "heat": heat.astype("<f4").tobytes(),
             }

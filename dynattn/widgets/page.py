@@ -85,8 +85,7 @@ def scene(panels: list[Panel], kept: list[list[str]] | None = None) -> list[dict
             "first": _grid(panel.trace[panel.layers[0]]),
             "last": _grid(panel.trace[panel.layers[-1]]),
             "layers": [
-                {"name": name, "kind": panel.trace[name].kind, "heads": panel.trace[name].heads}
-                | _grid(panel.trace[name])
+                {"name": name, "title": panel.titles[name], "heads": panel.trace[name].heads} | _grid(panel.trace[name])
                 for name in (kept[p] if kept else panel.layers)
             ],
         }

@@ -3,6 +3,7 @@
 Every number that a lens shows comes from here, whether it is drawn live, in a saved page or on paper.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than 
 class Reading:
     """What one query reads in one layer and head of one panel.
 
-    cell: (i, j) of the query's cell. keys (n, 3): x, y, weight, in pixels of the image that the model saw.
+    cell: (i, j) of the query's cell. keys (n, 3): x, y, weight, in pixels of the image that the model saw. counts: how
+    many keys each head reads, of those that `head` stands for.
     """
 
     layer: str
     head: int | str
     cell: tuple[int, int]
     keys: Float[np.ndarray, "n 3"]
+    counts: tuple[int, ...]
 
     @property
     def heaviest(self) -> Float[np.ndarray, "3"]:
@@ -51,6 +54,18 @@ class Panel:
     def layers(self) -> list[str]:
         """The names of the layers, in order."""
         return self.trace.layers
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """The layers as a reader thinks of them, such as "stage 2, block 4, window", by their names.
+
+        Stages and blocks count from 1, as papers count them. A name without blocks, or a title that two layers would
+        have, stays the path.
+        """
+        found = {name: title(name, self.trace[name].kind) for name in self.layers}
+        often = list(found.values())
+        plain = {name: f"{name}, {kind_name(self.trace[name].kind)}" for name in self.layers}
+        return {name: said if said and often.count(said) == 1 else plain[name] for name, said in found.items()}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,9 +101,9 @@ class Panel:
         """What the query at pixel (row, col) reads, in a head or in the mean of all."""
         record = self.record(layer)
         heads = range(record.heads) if head == MEAN else [head]
-        keys = merge([_array(record, row, col, m) for m in heads])
+        each = [_array(record, row, col, m) for m in heads]
         cell = divmod(record.query(row, col), record.query_shape[1])
-        return Reading(layer, head, cell, keys)
+        return Reading(layer, head, cell, merge(each), tuple(map(len, each)))
 
     @cached_property
     def rollouts(self) -> Float[np.ndarray, "L S"]:
@@ -137,6 +152,51 @@ def on_cells(keys: Float[np.ndarray, "n 3"], record: Record) -> bool:
     """Whether all keys are cells of the layer's own map, and no points in between."""
     cell = (keys[:, 1::-1] + 0.5) / record.stride - 0.5
     return bool((np.abs(cell - cell.round()) < 1e-3).all())
+
+
+# ------------------------------------------------------------------------------------------------------------ in words
+
+STAGE, BLOCK = re.compile(r"(?:^|\.)(?:stages?|layers?)\.(\d+)\."), re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
+
+
+def title(name: str, kind: str) -> str:
+    """A layer's path as a reader thinks of it; empty where the path names no block."""
+    block, stage = BLOCK.search(name), STAGE.search(name)
+    if block is None:
+        return ""
+    numbers = [f"stage {int(stage[1]) + 1}"] if stage else []
+    return ", ".join([*numbers, f"block {int(block[1]) + 1}", kind_name(kind)])
+
+
+def kind_name(kind: str) -> str:
+    """A record's kind in words."""
+    return kind.replace("_", " ")
+
+
+def count_name(found: int, counts: Sequence[int], cells: bool) -> str:
+    """How many keys are shown, and where the number comes from: `found` positions in all, `counts` in each head."""
+    one, heads, what = counts[0], len(counts), "cells" if cells else "points"
+    if found == one and set(counts) == {one}:
+        return f"{found} {what}"
+    if not cells and set(counts) == {one} and found % one == 0:
+        return f"{one} {what} × {found // one} groups"
+    if set(counts) == {one}:
+        return f"{found} {what} ({one} × {heads} heads{', some shared' * (found < one * heads)})"
+    return f"{found} {what} of {heads} heads"
+
+
+def meaning(fade: float, cells: bool) -> str:
+    """What the marks on a panel mean; `lens.js` says the same."""
+    keys = "Squares: cells that the query reads; colour: weight."
+    if not cells:
+        keys = "Dots: points that the query reads; area and colour: weight."
+    rollout = "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers."
+    return " ".join([keys] * (fade < 1) + [rollout] * (fade > 0))
+
+
+def pixel_name(row: float, col: float) -> str:
+    """A pixel to a tenth, with what its numbers are."""
+    return f"(row {_short(row)}, col {_short(col)})"
 
 
 # ------------------------------------------------------------------------------------------------------- what is given
@@ -228,18 +288,23 @@ class View:
 
     def _sentence(self, p: int, reading: Reading) -> str:
         panel, (row, col) = self.panels[p], self.place(p)
-        heads = head_name(reading.head, panel.trace[reading.layer].heads)
-        said = f"Query (row {_short(row)}, col {_short(col)}), cell {reading.cell}, {reading.layer}, {heads}: "
+        record = panel.trace[reading.layer]
+        said = (
+            f"Query {pixel_name(row, col)}, cell {pixel_name(*reading.cell)} of {panel.titles[reading.layer]}, "
+            f"{head_name(reading.head, record.heads)}: "
+        )
         if len(reading.keys):
             x, y, weight = reading.heaviest
-            said += f"{len(reading.keys)} keys, heaviest {weight:.3g} at ({_short(y)}, {_short(x)})"
+            number = count_name(len(reading.keys), reading.counts, on_cells(reading.keys, record))
+            said += f"{number}, heaviest {weight:.3g} at {pixel_name(y, x)}"
         else:
             said += "no keys"
         if self.fade > 0:
             last, heat = panel.rollout(row, col)
             x, y = panel.trace[panel.layers[0]].cells()[int(heat.argmax())].tolist()
             said += (
-                f". Rollout of cell {last} of the last layer: heaviest {heat.max():.3g} at ({_short(y)}, {_short(x)})"
+                f". Rollout of cell {pixel_name(*last)} of the last layer: heaviest {heat.max():.3g} "
+                f"at {pixel_name(y, x)}"
             )
         return said
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dynattn.figures import style
 from dynattn.tracing import Record
 
-from .panel import Panel, Reading, View, head_name, on_cells
+from .panel import Panel, Reading, View, head_name, meaning, on_cells
 
 COLOURS = colormaps["viridis"]
 
@@ -44,7 +44,12 @@ def caption(view: View) -> str:
     shown = f"{1 - view.fade:.0%} attention over {view.fade:.0%} rollout"
     shown = {0: "Attention", 1: "Rollout"}.get(view.fade, shown)
     seen = ". ".join(f"{panel.name}: {said}" for panel, said in zip(view.panels, view.sentences(), strict=True))
-    return f"{shown}; positions are pixels (row, col) of what the model saw. {seen}."
+    pairs = zip(view.panels, view.readings(), strict=True)
+    kinds = {on_cells(one.keys, panel.trace[one.layer]) for panel, one in pairs}
+    marks = " ".join(meaning(0, cells) for cells in sorted(kinds)) if view.fade < 1 else ""
+    if view.fade > 0:
+        marks = f"{marks} {meaning(1, True)}".strip()
+    return f"{shown}; (row, col) are pixels of what the model saw. {marks} {seen}."
 
 
 def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> None:
