@@ -1,11 +1,16 @@
 """What ships with the package, and what is in the project's folder alone."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 import dynattn
 from dynattn import weights
+from dynattn.figures import gallery
 
 ROOT = Path(__file__).parents[1]
 MINIS = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"]
@@ -66,3 +71,31 @@ def test_a_checkpoint_of_the_figures_is_not_pretrained(monkeypatch, tmp_path):
     assert weights.available() == ["dat_mini"] and weights.shipped() == []
     with pytest.raises(ValueError, match="pretrained: no checkpoint of 'dat_mini' ships"):
         dynattn.create_model("dat_mini", pretrained=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+PICTURES = [*sorted((ROOT / "figures").glob("*.png")), ROOT / "notebooks" / "lens.png"]
+
+
+@pytest.mark.parametrize("file", PICTURES, ids=lambda file: file.stem)
+def test_a_picture_has_a_palette_and_is_small(file):
+    assert file.stat().st_size <= 400_000
+    assert Image.open(file).mode == "P"
+
+
+def test_a_picture_that_is_drawn_gets_a_palette(tmp_path):
+    """It keeps its size, its texts, its resolution and white paper; colours move little, also a second time."""
+    figure = Figure(figsize=(3, 2), dpi=100)
+    figure.add_subplot().imshow(np.random.default_rng(0).random((20, 30, 3)), interpolation="bilinear")
+    about = dict(paper="dat", figure=6, file="dat_6.png", title="Figure 6", caption="Größe 1 × 1", measures=[])
+    gallery.write(tmp_path, about | dict(versions={}, weights=[]), figure)
+    figure.savefig(tmp_path / "whole.png")
+    drawn, whole = Image.open(tmp_path / "dat_6.png"), Image.open(tmp_path / "whole.png")
+    assert drawn.mode == "P" and drawn.size == whole.size == (300, 200)
+    assert drawn.text["Title"] == "Figure 6" and drawn.text["Description"] == "Größe 1 × 1"
+    assert drawn.info["dpi"] == pytest.approx((100, 100), abs=0.1)
+    pixels, true = (np.asarray(one.convert("RGB"), np.int16) for one in (drawn, whole))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and np.abs(pixels - true).mean() < 16
+    again = Image.open(io.BytesIO(gallery.with_palette((tmp_path / "dat_6.png").read_bytes())))
+    assert np.abs(np.asarray(again.convert("RGB"), np.int16) - pixels).max() <= 32
