@@ -396,11 +396,13 @@ def test_arguments_that_do_not_go_together(setup, shipped, photograph):
     assert not setup.exists()
 
 
-def test_figure_4_needs_its_checkpoints(setup, monkeypatch, tmp_path, shipped):
+def test_figure_4_needs_its_checkpoints(setup, monkeypatch, tmp_path, shipped, capsys):
     lonely = tmp_path / "weights"
     lonely.mkdir()
     (lonely / "dat_mini.safetensors").write_bytes((shipped / "dat_mini.safetensors").read_bytes())
     monkeypatch.setattr(weights, "FOLDER", lonely)
     with pytest.raises(FileNotFoundError, match="figure 4 needs checkpoints"):
-        draw(out=setup, progress=False)
+        draw(only=[4], out=setup, progress=False)
     assert not setup.exists()
+    assert 4 not in figures.chosen(figures.FIGURES["dat"].plans, None, False, False)
+    assert "figure 4 is left out: it needs checkpoints dat_sweep_s*.safetensors" in capsys.readouterr().out

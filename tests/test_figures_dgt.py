@@ -301,7 +301,7 @@ def test_without_its_checkpoints_the_table_is_left_out(setup, shipped, monkeypat
     lonely.mkdir()
     (lonely / "dgt_mini.safetensors").write_bytes((shipped / "dgt_mini.safetensors").read_bytes())
     monkeypatch.setattr(weights, "FOLDER", lonely)
-    with pytest.raises(FileNotFoundError, match=r"only: table4b needs checkpoints dgt_sweep_\*\.safetensors in"):
+    with pytest.raises(FileNotFoundError, match=r"only: table4b needs checkpoints dgt_sweep_\*\.safetensors, and "):
         draw("dgt", only=["table4b"], out=setup, progress=False)
     assert not setup.exists()
     entries = draw("dgt", out=setup, progress=False)

@@ -131,7 +131,7 @@ def chosen(
         if reason and plans[number].compares:
             raise ValueError(f"only: {called(number)} {why}")
         if lack := plans[number].lacks():
-            if only is not None or not plans[number].optional:
+            if only is not None:
                 raise FileNotFoundError(f"only: {called(number)} {lack}")
             print(f"{called(number)} is left out: it {lack}")
             numbers.remove(number)

@@ -441,7 +441,6 @@ PLANS = {
         groups_and_keys,
         of_the_sweep,
         compares="dgt_sweep_",
-        optional=True,
     ),
 }
 PAPER = Paper(

@@ -51,8 +51,7 @@ class Plan:
     title: str
     draw: Callable[[Setting], Drawing]
     networks: Callable[[Setting], dict[str, int]]
-    compares: str = ""  # shipped models whose names begin so, on many images: it takes neither an image nor weights
-    optional: bool = False  # left out where they do not ship
+    compares: str = ""  # checkpoints whose names begin so, on many images; it is left out where there are none of them
 
     def subjects(self) -> list[Subject]:
         """The models that it compares."""
@@ -63,7 +62,7 @@ class Plan:
         """What it needs and does not find; empty where there is nothing."""
         if not self.compares or any(name.startswith(self.compares) for name in weights.available()):
             return ""
-        return f"needs checkpoints {self.compares}*.safetensors in {weights.FOLDER}"
+        return f"needs checkpoints {self.compares}*.safetensors, and none is found{weights.missing()}"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def add_to_timm(name: str, make: Callable[..., nn.Module], arguments: dict) -> N
 
     entry.__name__, entry.__module__ = name, module.__name__
     entry.__doc__ = f"dynattn's {name}; see `dynattn.create_model`."
-    file = {"file": str(weights.path(name))} if name in weights.available() else {}
+    file = {"file": str(weights.path(name))} if name in weights.shipped() else {}
     module.default_cfgs[name] = configuration(make, arguments) | file
     setattr(module, name, register_model(entry))  # timm adds the name to __all__
 
@@ -89,7 +89,7 @@ def build(
     if isinstance(feature_cls, str):
         core.one_of("feature_cls", feature_cls, tuple(FEATURES))
     overlay = dict(pretrained_cfg_overlay or {})
-    if not pretrained_cfg and not any(overlay.get(key) for key in SOURCES) and name in weights.available():
+    if not pretrained_cfg and not any(overlay.get(key) for key in SOURCES) and name in weights.shipped():
         overlay["file"] = str(weights.path(name))
     said = weights.metadata(overlay["file"]) if pretrained and overlay.get("file") else {}
     if said.get("name") == name:  # a checkpoint of ours says what it was trained with
@@ -98,7 +98,7 @@ def build(
         pretrained_cfg = configuration(make, arguments) | (pretrained_cfg or {})
     source = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     if pretrained and not (source.has_weights or source.state_dict):
-        shipped = ", ".join(filter(is_model, weights.available()))
+        shipped = ", ".join(filter(is_model, weights.shipped()))
         raise ValueError(f"pretrained: no checkpoint of {name!r} ships, only of {shipped}")
 
     features = dict(out_indices=out_indices, feature_cls=FEATURES.get(feature_cls, feature_cls))

@@ -1,4 +1,7 @@
-"""Trained checkpoints that ship with the package, and the file format they share: half-precision safetensors.
+"""Trained checkpoints, and the file format they share: half-precision safetensors.
+
+One checkpoint of every small model ships with the package, in this folder. The seeds and sweeps that only figures and
+audits read are in `figures/weights` of the project's folder: a checkout has them, an installed package has not.
 
 A file holds the tensors and one metadata entry, `dynattn`, a JSON object: the model's name and arguments, its classes,
 the command, seed and number of steps that made it, and the accuracy it reached. Nothing in it is executed on reading.
@@ -28,26 +31,43 @@ def add_folder(path: str | Path) -> None:
         _ADDED.append(folder)
 
 
-def _files() -> dict[str, Path]:
-    """Every checkpoint by its name; of two of one name, that of the folder which came first."""
-    return {file.stem: file for folder in reversed([FOLDER, *_ADDED]) for file in folder.glob("*.safetensors")}
+def of_figures() -> Path:
+    """Where the seeds and sweeps of the figures are in a checkout. An installed package has no such folder."""
+    return FOLDER.parents[1] / "figures" / "weights"
+
+
+def _files(*folders: Path) -> dict[str, Path]:
+    """Every checkpoint of some folders by its name; of two of one name, that of the folder which came first."""
+    return {file.stem: file for folder in reversed(folders) for file in folder.glob("*.safetensors")}
+
+
+def shipped() -> list[str]:
+    """Names of the models whose checkpoint ships with the package, or lies in a folder that was added, sorted."""
+    return sorted(_files(FOLDER, *_ADDED))
 
 
 def available() -> list[str]:
-    """Names of the models whose checkpoint ships with the package, or lies in a folder that was added, sorted."""
-    return sorted(_files())
+    """Names of every checkpoint that can be read here, sorted: what ships, and in a checkout what figures compare."""
+    return sorted(_files(FOLDER, of_figures(), *_ADDED))
 
 
 def path(name: str) -> Path:
-    """The shipped checkpoint of a model.
+    """The checkpoint of that name.
 
-    Raises: ValueError where none ships under that name.
+    Raises: ValueError where there is none; it says so where the folder of the figures' checkpoints is missing.
     """
-    files = _files()
+    files = _files(FOLDER, of_figures(), *_ADDED)
     if name not in files:
-        shipped = ", ".join(sorted(files)) or "none"
-        raise ValueError(f"name: expected a model with a shipped checkpoint ({shipped}), got {name!r}")
+        known = ", ".join(sorted(files)) or "none"
+        raise ValueError(f"name: expected a model with a shipped checkpoint ({known}), got {name!r}{missing()}")
     return files[name]
+
+
+def missing() -> str:
+    """What to add to a message about a checkpoint that is not found; empty in a checkout, which has them all."""
+    if of_figures().is_dir():
+        return ""
+    return "; seeds and sweeps are in figures/weights of the project's folder, not in an installed package"
 
 
 def metadata(file: str | Path) -> dict[str, Any]:
