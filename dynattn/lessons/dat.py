@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from dynattn.figures.drawing import ground
 from dynattn.figures.measures import image_share, points_share
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
-from dynattn.lessons.notebook import show
+from dynattn.lessons.notebook import beside_others, numbered, panels, show
 from dynattn.mechanisms import deformable
 from dynattn.mechanisms.deformable import multiply_adds, relative_bias
 from dynattn.tracing import Trace, trace
@@ -53,16 +52,7 @@ def traced(index: int) -> Trace:
 
 def layers() -> list[tuple[str, str]]:
     """The deformable layers of `dat_mini`: in words, and by name."""
-    found = traced(IMAGES[0]).of_kind("deformable")
-    return [
-        (f"{i} ({record.query_shape[0]} × {record.query_shape[1]})", record.name) for i, record in enumerate(found, 1)
-    ]
-
-
-def panels(*widths: float, height: float = 4.6, width: float = 12.5) -> tuple[Figure, list[Axes]]:
-    """A figure with axes side by side, no wider than a page."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=style.PAPER)
-    return figure, list(np.atleast_1d(figure.subplots(1, len(widths), width_ratios=widths)))
+    return numbered(traced(IMAGES[0]).of_kind("deformable"))
 
 
 # ------------------------------------------------------------------------------------------------------ 1: the question
@@ -70,10 +60,7 @@ def panels(*widths: float, height: float = 4.6, width: float = 12.5) -> tuple[Fi
 
 def question() -> Lens:
     """One query in the background: what it reads in a dense, a window and a deformable layer."""
-    names = {"vit_mini": "blocks.3.block.attn", "swin_mini": "layers.1.blocks.3.block.attn", "dat_mini": layers()[0][1]}
-    models = {name: dynattn.create_model(name, pretrained=True) for name in names}
-    row, col = QUERY
-    return Lens(models, Shapes("easy", "test", 512)[IMAGES[0]][0], row=row, col=col, layer=list(names.values()))
+    return beside_others("dat_mini", layers()[0][1], IMAGES[0], QUERY)
 
 
 # ------------------------------------------------------------------------------------------------------ 2: sampling

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from IPython.display import Image, Markdown, display
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dynattn import papers, verify, weights
+from dynattn import create_model, papers, verify, weights
+from dynattn.data import Shapes
 from dynattn.figures import style
+from dynattn.tracing import Record
+from dynattn.widgets import Lens
 
 PLACES = (Path("../figures"), Path("../../figures"))  # from a lesson's folder, and from an audit's
 GALLERY = next((place for place in PLACES if place.is_dir()), PLACES[0])  # what `dynattn figures` drew
@@ -116,3 +121,25 @@ def agree(
 def normal(*shape: int) -> Float[Tensor, "..."]:
     """Normal numbers in float64."""
     return torch.randn(*shape, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------- what every lesson draws
+
+
+def panels(*widths: float, height: float = 4.6, width: float = 12.5) -> tuple[Figure, list[Axes]]:
+    """A figure with axes side by side, no wider than a page."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=style.PAPER)
+    return figure, list(np.atleast_1d(figure.subplots(1, len(widths), width_ratios=widths)))
+
+
+def numbered(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Layers to choose from: their number and map in words, and their names."""
+    return [(f"{i} ({one.query_shape[0]} × {one.query_shape[1]})", one.name) for i, one in enumerate(records, 1)]
+
+
+def beside_others(name: str, layer: str, image: int, query: tuple[float, float]) -> Lens:
+    """A lens on a layer of a small model, and on a dense and a window layer of those that were trained alike."""
+    names = {"vit_mini": "blocks.3.block.attn", "swin_mini": "layers.1.blocks.3.block.attn", name: layer}
+    models = {one: create_model(one, pretrained=True) for one in names}
+    row, col = query
+    return Lens(models, Shapes("easy", "test", 512)[image][0], row=row, col=col, layer=list(names.values()))

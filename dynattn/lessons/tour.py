@@ -4,7 +4,6 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -16,12 +15,11 @@ from dynattn.figures.dat import draw_query, queries
 from dynattn.figures.measures import attention_share, others
 from dynattn.figures.subjects import Picture, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, turn
-from dynattn.lessons.notebook import show
+from dynattn.lessons.notebook import HEAT, show
 from dynattn.tracing import Record, Trace, trace
 from dynattn.widgets import Lens
 
 SCENE, SIDE = 22, 64  # a test image; the side at which the seven mechanisms see it
-HEAT = LinearSegmentedColormap.from_list("heat", ["white", style.ORANGE, "#8A2B06", "#1A0800"])
 LAYER = dict(img_size=SIDE, depths=(1,), dims=(32,), heads=(2,), groups=(1,), kernels=(5,), offset_zero_init=False)
 MECHANISMS = {
     "dense": dict(blocks=[["window"]], window=16),  # one window as large as the map
