@@ -148,8 +148,12 @@ def test_groups_miss_keys_where_the_page_says_so():
 def measured(nmi: float, on: float, off: float) -> pd.DataFrame:
     """The summary of a network whose heads are all alike."""
     values = {"nmi": (nmi, 0.05), "keys": (on, 0.1), "keys_off": (off, 0.1)}
-    rows = [Row("first", head, mask, kind, value) for head in range(4) for kind in values for mask, value in
-            zip((OWN, OTHER), values[kind], strict=True)]
+    rows = [
+        Row("first", head, mask, kind, value)
+        for head in range(4)
+        for kind in values
+        for mask, value in zip((OWN, OTHER), values[kind], strict=True)
+    ]
     return summary(table_of([rows]))
 
 
