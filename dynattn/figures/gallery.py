@@ -16,7 +16,7 @@ from dynattn.weights import replace
 
 from .noise import alike, alike_pictures, rounded
 from .run import Drawing, Paper, Plan, Setting
-from .tables import Measure, records, summary
+from .tables import Measure, as_json, records, summary
 
 CONDITIONS, README = "conditions.json", "README.md"
 
@@ -56,7 +56,7 @@ def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
         replace(out / new["file"], picture)
         there[key(new)] = new
     entries = [there[one] for one in sorted(there)]
-    replace(out / CONDITIONS, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+    replace(out / CONDITIONS, as_json(entries).encode())
     replace(out / README, readme(entries).encode())
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dynattn import weights
 
-from .tables import from_records
+from .tables import as_json, from_records
 
 FILE = Path(__file__).with_name("recorded.json")
 
@@ -38,4 +38,4 @@ def record(conditions: str | Path) -> None:
     entries = json.loads(Path(conditions).read_text(encoding="utf-8"))
     found = {name: rows for entry in entries for name, rows in entry["networks"].items() if name in weights.shipped()}
     known = {name: {"sha256": fingerprint(name), "summary": rows} for name, rows in sorted(found.items())}
-    FILE.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(as_json(known), encoding="utf-8")

@@ -12,6 +12,8 @@ A row of the table is one value:
     value
 """
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
@@ -21,6 +23,7 @@ import pandas as pd
 OWN, OTHER, NONE = "own", "other", "none"
 NETWORK, ALL = "", -1  # the layer of what is of the whole network, the head of what is of all heads
 PLACE = ["layer", "head", "kind"]
+COLUMNS = [*PLACE, "value", "standard_error", "n", "other"]
 
 
 class Row(NamedTuple):
@@ -55,15 +58,21 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return found[found["mask"] != OTHER].drop(columns="mask").join(null)
 
 
-def records(found: pd.DataFrame) -> list[dict[str, Any]]:
-    """A summary as JSON takes it; what is not a number is left out."""
-    rows = found.reset_index().to_dict("records")
-    return [{key: value for key, value in row.items() if value == value} for row in rows]
+def records(found: pd.DataFrame) -> dict[str, list]:
+    """A summary as JSON takes it: the names of its columns, and its rows; what is not a number is null."""
+    rows = found.reset_index()[COLUMNS].to_numpy(dtype=object)
+    return {"columns": COLUMNS, "rows": [[None if value != value else value for value in row] for row in rows]}
 
 
-def from_records(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def from_records(kept: Mapping[str, list]) -> pd.DataFrame:
     """The summary that `records` wrote."""
-    return pd.DataFrame(rows, columns=[*PLACE, "value", "standard_error", "n", "other"]).set_index(PLACE)
+    return pd.DataFrame(kept["rows"], columns=kept["columns"]).set_index(PLACE).astype({"other": float})
+
+
+def as_json(value: Any) -> str:
+    """JSON with an indent, in which a list of numbers and words takes one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return re.sub(r"\[[^][{}]*\]", lambda flat: re.sub(r"\n\s*", " ", flat[0]), text)
 
 
 def best(found: pd.Series, layer: str | None = None) -> tuple[str, int]:
