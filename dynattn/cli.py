@@ -135,13 +135,22 @@ def free_port(port: int | None) -> int:
 
 
 def leave_out(settings: Path) -> None:
-    """Write settings for the JupyterLab of this process that keep nbgrader out; the user's own are not touched."""
+    """Write settings for the JupyterLab of this process; the user's own are not touched.
+
+    They keep nbgrader out, and the question about Jupyter's news, which would lie over a lecture.
+    """
     parts = ("formgrader", "validate_assignment", "assignment_list", "course_list")
     extensions = {f"nbgrader.server_extensions.{part}": False for part in parts}
     server = {"ServerApp": {"jpserver_extensions": extensions}}
     page = {"disabledExtensions": {"@jupyter/nbgrader": True}}
-    for name, content in (("jupyter_server_config.d/dynattn.json", server), ("labconfig/page_config.json", page)):
-        (settings / name).parent.mkdir()
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    files = {
+        "jupyter_server_config.d/dynattn.json": server,
+        "labconfig/page_config.json": page,
+        "labconfig/default_setting_overrides.json": quiet,
+    }
+    for name, content in files.items():
+        (settings / name).parent.mkdir(exist_ok=True)
         (settings / name).write_text(json.dumps(content))
 
 

@@ -199,6 +199,7 @@ def test_lab_leaves_out_what_only_teachers_need(checkout, monkeypatch):
     def launch(options):
         folder = Path(os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)[0])
         seen["page"] = json.loads((folder / "labconfig" / "page_config.json").read_text())
+        seen["settings"] = json.loads((folder / "labconfig" / "default_setting_overrides.json").read_text())
         seen["folder"] = folder
 
     monkeypatch.setattr(cli, "find_spec", lambda name: name)
@@ -208,6 +209,7 @@ def test_lab_leaves_out_what_only_teachers_need(checkout, monkeypatch):
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", SimpleNamespace(LabApp=app))
     assert cli.main(["lab"]) == 0
     assert seen["page"] == {"disabledExtensions": {"@jupyter/nbgrader": True}}
+    assert list(seen["settings"].values()) == [{"fetchNews": "false", "checkForUpdates": False}]
     assert not seen["folder"].exists() and os.environ["JUPYTER_CONFIG_PATH"].endswith("theirs")
 
 
