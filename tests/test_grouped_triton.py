@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from helpers import compile_for_a_gpu, layouts, normal
 from torch import Tensor
 
-from dynattn import bench, core, ops, verify
+from dynattn import bench, ops, verify
 from dynattn.bench import cuda
 from dynattn.kernels import grouped as operator
 from dynattn.kernels import operators
 from dynattn.mechanisms.dynamic_group import (
     ASSIGN,
-    FORMS,
     SELECT,
     DynamicGroupAttention,
     assign_loops,
@@ -232,8 +231,8 @@ def test_what_is_no_number_is_liked_least(dtype):
 def test_a_layer_on_a_cuda_device_uses_the_kernels():
     """By the device of its tensors."""
     x = SimpleNamespace(device=torch.device("cuda"))
-    for forms in (ASSIGN, SELECT, FORMS):
-        assert core.form_of("it", "auto", forms, x, operator.pays) is forms["triton"]
+    for forms in (ASSIGN, SELECT, ops.grouped_attention.forms):
+        assert forms.chosen("auto", x) is forms["triton"]
 
 
 def test_a_layer_by_its_kernels():

@@ -23,7 +23,6 @@ from dynattn.kernels import deformable as deformable_operator
 from dynattn.kernels import operators, simd
 from dynattn.kernels import sampling as sampling_operator
 from dynattn.kernels import threads as team
-from dynattn.mechanisms import deformable
 
 ROOT = Path(__file__).parents[1]
 DEVICE = {"numba": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -362,7 +361,7 @@ def test_auto_is_the_kernel_where_it_pays(monkeypatch):
     """By the number of pairs of queries and keys; never without the backend."""
     used = []
     for name in ("torch", "numba"):
-        monkeypatch.setitem(deformable.FORMS, name, lambda q, *_, name=name: used.append(name) or q)
+        monkeypatch.setitem(ops.deformable_attention.forms, name, lambda q, *_, name=name: used.append(name) or q)
     large = deformable_case(B=8, h=8, g=1, shape=(64, 64), N=1, d=1, table=None)
     ops.deformable_attention(*deformable_case())
     ops.deformable_attention(*large)

@@ -72,6 +72,33 @@ except verify.Mismatch as mismatch:
     assert program(installed, text).strip() == "['one cell too far']"
 
 
+def test_it_is_an_operation_like_any_other(installed):
+    """`ops` offers it, and its form is switched by call, block and model."""
+    text = """
+import torch, dynattn, neighbourhood.plugin
+from dynattn import ops
+assert "neighbourhood_attention" in dir(ops) and ops.neighbourhood_attention.__doc__.startswith("Every query reads")
+used, forms = [], ops.neighbourhood_attention.forms
+for name, form in list(forms.items()):
+    forms[name] = lambda *inputs, name=name, form=form: used.append(name) or form(*inputs)
+q = torch.randn(1, 2, 6, 3)
+ops.neighbourhood_attention(q, q, q, (2, 3))
+ops.neighbourhood_attention(q, q, q, (2, 3), impl="loops")
+with dynattn.implementation("loops"):
+    ops.neighbourhood_attention(q, q, q, (2, 3))
+model = dynattn.use_implementation(dynattn.create_model("neighbourhood_mini"), "loops")
+model(torch.randn(1, 3, 16, 16))
+print(*used)
+try:
+    ops.neighbourhood_attention(q, q, q, (2, 3), impl="numba")
+except ValueError as error:
+    print(error)
+"""
+    used, message = program(installed, text).splitlines()
+    assert used.split() == ["torch", "loops", "loops", "loops", "loops"]  # two layers
+    assert message == "impl: neighbourhood_attention has no 'numba' kernel here, only 'loops', 'torch' or 'auto'"
+
+
 def test_dynattn_check_knows_it(installed, tmp_path):
     """In the process of its own, too."""
     file = tmp_path / "answers.py"

@@ -83,9 +83,9 @@ def floor(race: Race) -> float:
 
 def fused(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor) -> Tensor:
     """The kernel as a layer calls it, which has made the indices itself and need not look at them."""
-    from dynattn.mechanisms.dynamic_group import FORMS
+    from dynattn.mechanisms.dynamic_group import grouped_attention
 
-    return FORMS["triton"](q, k, v, groups, selected, q.shape[-1] ** -0.5)
+    return grouped_attention.forms.run("triton", q, k, v, groups, selected, q.shape[-1] ** -0.5)
 
 
 def search(q: Tensor, k: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -106,9 +106,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
 
 def tiles(*inputs: Tensor) -> Tensor:
     """The torch form."""
-    from dynattn.mechanisms.dynamic_group import FORMS
+    from dynattn.mechanisms.dynamic_group import grouped_attention_torch
 
-    return FORMS["torch"](*inputs, inputs[0].shape[-1] ** -0.5)
+    return grouped_attention_torch(*inputs, inputs[0].shape[-1] ** -0.5)
 
 
 def padded(*inputs: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Case:
         options = OPERATIONS[self.operation].options
         found = {name: value for name, value in options.items() if value is not Parameter.empty}
         if "scale" in found and found["scale"] is None:
-            found["scale"] = next(iter(self.arguments.values())).shape[-1] ** -0.5
+            found["scale"] = core.scale_or_default(None, next(iter(self.arguments.values())).shape[-1])
         return found
 
     @property
