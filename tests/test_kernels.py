@@ -164,7 +164,7 @@ def operator_arguments(operation: str, table: bool = True) -> list:
         arguments = [normal(2, 3, 4, 5), somewhere(2, 6)]
     else:
         q, k, v, points, entries, shape = deformable_case(B=1, h=2, shape=(3, 4), N=3, table=(5, 7) if table else None)
-        arguments = [q, k, v, points, entries, *shape, True, 0.7]
+        arguments = [q, k, v, points, entries, shape, "centre", 0.7]
     return [a.requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
 
 
