@@ -94,7 +94,7 @@ def test_figures_passes_its_options(called, tmp_path):
 def test_train_passes_only_what_was_given(called):
     calls = called("training", "train")
     assert cli.main(["train", "dat_mini", "--lr", "1e-3", "--fresh", "--model-options", '{"drop_path": 0.1}']) == 0
-    expected = dict(name="dat_mini", seed=0, workers=2, fresh=True, lr=1e-3, model_options={"drop_path": 0.1})
+    expected = dict(name="dat_mini", fresh=True, lr=1e-3, model_options={"drop_path": 0.1})
     assert calls == [((), expected)]
 
 
@@ -132,7 +132,33 @@ def test_train_offers_the_arguments_of_train_and_the_fields_of_a_recipe():
     from dynattn import training
 
     recipe = {field.name: field.default for field in fields(training.Recipe) if field.name != "model"}
-    assert_same_options("train", keywords(training.train) | recipe)
+    every = {"all": False, "list": False} | keywords(training.train_all)
+    assert_same_options("train", keywords(training.train) | recipe | every)
+
+
+def test_train_all_and_its_list(called, monkeypatch):
+    """The exit code says whether all went well; options of one run are refused."""
+    ran, listed = called("training", "train_all"), called("training", "print_runs")
+    assert cli.main(["train", "--all", "--list"]) == 0 and listed == [((), {})] and ran == []
+    assert cli.main(["train", "--all", "--processes", "3"]) == 1 and ran == [((3,), {})]  # None is not True
+    monkeypatch.setattr("dynattn.training.train_all", lambda processes: True)
+    assert cli.main(["train", "--all"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all", "--seed", "1"], "--all: every model is trained by its own recipe; leave out --seed"),
+        (["--all", "--train-count", "9"], "leave out --train-count"),
+        (["dat_mini", "--list"], "--list: only with --all"),
+        (["dat_mini", "--processes", "2"], "--processes: only with --all"),
+    ],
+)
+def test_options_of_one_run_and_of_all_are_not_mixed(called, capsys, arguments, message):
+    called("training", "train")
+    called("training", "train_all")
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- the notebooks
