@@ -240,9 +240,9 @@ def main() -> None:
         values = measured(race) if here and (race.other != "forms" or forms_run()) else []
         verdict = ""
         if values and race.bound is not None:
-            kept = values[0] <= race.bound if race.other == "floor" else values[0] >= race.bound
-            verdict = "" if kept else "   missed"
-        one, other = (f"{value:.2f} x" for value in values) if values else ("-", "-")
+            holds = values[0] <= race.bound if race.other == "floor" else values[0] >= race.bound
+            verdict = "" if holds else "   missed"
+        plain, selecting = (f"{value:.2f} x" for value in values) if values else ("-", "-")
         least = "at most" if race.other == "floor" else "at least"
         wanted = "" if race.bound is None else f"{least} {race.bound:.1f} x"
-        print(f"{name:16} {race.what:46} {one:>10} {other:>15} {wanted:>15}{verdict}".rstrip(), flush=True)
+        print(f"{name:16} {race.what:46} {plain:>10} {selecting:>15} {wanted:>15}{verdict}".rstrip(), flush=True)
