@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynattn.kernels.indices import check
+from dynattn.kernels.indices_numba import distinct_rows
 from dynattn.kernels.simd import (
     LANES,
     compiled,
@@ -43,18 +44,6 @@ def sort_by_group(groups, order, first):
     for l in range(groups.size):
         order[place[groups[l]]] = l
         place[groups[l]] += 1
-
-
-@compiled
-def distinct_rows(indices, below, lengths=None):
-    """Whether no row of (rows, n), or of its first `lengths`, holds a number of range(below) twice."""
-    seen = np.full(below, -1)
-    for row in range(indices.shape[0]):
-        for a in range(indices.shape[1] if lengths is None else lengths[row]):
-            if seen[indices[row, a]] == row:
-                return False
-            seen[indices[row, a]] = row
-    return True
 
 
 @compiled

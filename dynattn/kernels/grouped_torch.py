@@ -24,6 +24,10 @@ def in_tiles(
     A tile meets its group's keys in one small dense attention. `lengths` None: a group reads all that it selected.
     No size depends on the numbers in `groups`, so that the graph can be compiled, exported and mapped: there are as
     many tiles as there could be, and those behind the last query are not read again.
+
+    An example of one head, with tiles of 2: five queries of the groups 1 0 1 1 0 are sorted to the order 1 4 0 2 3.
+    Group 0 has one tile and group 1 has two, so last_tile is 1 3; the sorted queries get the places 0 1 2 3 4 of the
+    tiles' six, and of_tile, the groups of the tiles, is 0 1 1.
     """
     (B, h, L, d), S, (G, n) = q.shape, k.shape[2], selected.shape[2:]
     groups, selected = groups.flatten(0, 1), selected.flatten(0, 1)  # a row for each head of each image

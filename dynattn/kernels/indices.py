@@ -18,7 +18,7 @@ def distinct(indices: Tensor, below: int) -> Tensor | bool:
     """Whether no row of (*batch, n), of values in [0, below), holds one twice: by a table where there is a kernel."""
     in_memory = not torch.compiler.is_compiling() and not transforming()
     if in_memory and operators.unavailable("numba", indices.device) is None:
-        from dynattn.kernels.grouped_numba import distinct_rows
+        from dynattn.kernels.indices_numba import distinct_rows
 
         return bool(distinct_rows(indices.flatten(0, -2).contiguous().numpy(), below))
     return (indices.sort(dim=-1).values.diff(dim=-1) != 0).all()
