@@ -382,8 +382,8 @@ def test_kernels_compile_for_a_gpu(cases):
             q, k, v = (torch.zeros(B, h, x, d, dtype=dtype) for x in (L, S, S))
             groups, selected = torch.zeros(B, h, L, dtype=torch.int64), torch.zeros(B, h, G, n, dtype=torch.int64)
             lengths, centroids = torch.ones(B, h, G, dtype=torch.int64), torch.zeros(h, G, d)
-            out, kept = attention.forward(q, k, v, groups, selected, lengths, 0.5)
-            attention.backward(out, out, kept, q, k, v, groups, selected, lengths, 0.5)
+            out, statistics = attention.forward(q, k, v, groups, selected, lengths, 0.5)
+            attention.backward(out, out, statistics, q, k, v, groups, selected, lengths, 0.5)
             sizes = groups.numel(), selected.numel(), lengths.numel(), G, S, n
             attention.check_program[1,](groups, selected, lengths, *sizes, BLOCK=1024)
             search.assign_triton(q, centroids)

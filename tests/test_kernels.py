@@ -405,9 +405,9 @@ def test_triton_s_kernels_compile_for_a_gpu(dtype):
         def calls(B, h, G, H, W, N, d, with_table):
             q, k = (torch.zeros(B, h, L, d, dtype=torch.{dtype}) for L in (H * W, N))
             points, table = torch.zeros(B, G, N, 2), torch.zeros(h, 2 * H - 1, 2 * W - 1) if with_table else None
-            inputs = q, k, k, points, table, H, W, True, 0.3
-            out, kept = attention.forward(*inputs)
-            attention.backward(out, out, kept, *inputs)
+            inputs = q, k, k, points, table, (H, W), "centre", 0.3
+            out, statistics = attention.forward(*inputs)
+            attention.backward(out, out, statistics, *inputs)
             x, points = torch.zeros(B, h, H, W, dtype=torch.{dtype}), points[:, 0]
             (out,) = sampling.forward(x, points)
             sampling.backward(out, out, x, points)
