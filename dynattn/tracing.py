@@ -123,6 +123,11 @@ class Record:
     stride: tuple[float, float] = (1.0, 1.0)
     exact: bool = True  # whether A_eff @ value == output in every head, up to rounding; else see `rest`
 
+    @property
+    def kind_in_words(self) -> str:
+        """The kind as a reader names it, such as "dynamic group"."""
+        return self.kind.replace("_", " ")
+
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         """Attention of every query to the mechanism's own keys: rows after the softmax."""
         raise NotImplementedError

@@ -8,7 +8,9 @@ import torch
 
 from dynattn import create_model, weights
 from dynattn.data import CLASSES, Shapes, cached
+from dynattn.figures.dgt import chosen
 from dynattn.figures.measures import evaluate_groups, evaluate_points
+from dynattn.figures.tables import summary
 from dynattn.official import model_from
 from dynattn.tracing import trace
 from dynattn.training import evaluate
@@ -60,11 +62,11 @@ def test_attention_finds_the_object(name, held_out):
     """
     images, labels, masks = (part[:MEASURED] for part in held_out)
     _, model = model_from(weights.path(name))
-    found = evaluate_points(model, images, masks, labels)
-    attention = max(found["layers"].values(), key=lambda layer: layer["attention"])
-    assert attention["attention"] >= 0.45
-    assert attention["attention"] >= 2 * attention["attention_other"]
-    assert max(layer["points_ratio"] for layer in found["layers"].values()) >= 1.4
+    found = summary(evaluate_points(model, images, masks, labels))
+    attention, points = (found.xs(kind, level="kind") for kind in ("attention", "points"))
+    most = attention.loc[attention.value.idxmax()]
+    assert most.value >= 0.45 and most.value >= 2 * most.other
+    assert (points.value / points.other).max() >= 1.4
 
 
 @pytest.mark.slow
@@ -76,11 +78,10 @@ def test_groups_find_the_object(name, held_out):
     """
     images, labels, masks = (part[:MEASURED] for part in held_out)
     _, model = model_from(weights.path(name))
-    found = evaluate_groups(model, images, masks, labels, choice=15)
-    first = next(iter(found["layers"]))
-    for layer, head in (found["chosen"]["nmi"], (first, found["layers"][first]["chosen"]["nmi"])):
-        assert found["layers"][layer]["nmi"][head] >= 0.25
-        assert found["layers"][layer]["nmi_other"][head] <= 0.1
+    found = summary(evaluate_groups(model, images, masks, labels, choice=15))
+    for layer, head in (chosen(found, "nmi"), chosen(found, "nmi", "stages.0.blocks.0.attn")):
+        nmi = found.loc[(layer, head, "nmi")]
+        assert nmi.value >= 0.25 and nmi.other <= 0.1
 
 
 def test_clutter_hides_the_object(held_out):
@@ -89,10 +90,9 @@ def test_clutter_hides_the_object(held_out):
     images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
     story = weights.read(weights.path("dgt_cluttered"))[1]
     _, model = model_from(weights.path("dgt_cluttered"))
-    found = evaluate_groups(model, images, masks, np.array([item[1] for item in items]), choice=15)
-    layer, head = found["chosen"]["nmi"]
+    found = summary(evaluate_groups(model, images, masks, np.array([item[1] for item in items]), choice=15))
     assert story["accuracy"] >= 0.35
-    assert found["layers"][layer]["nmi"][head] <= 0.35  # on the easy level the same network has more than .5
+    assert found.value[*chosen(found, "nmi"), "nmi"] <= 0.35  # on the easy level the same network has more than .5
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def test_random_weights_do_not_find_the_object(held_out):
     """The null that the thresholds are held against: what they ask is not had for nothing."""
     images, _, masks = (part[:20] for part in held_out)
     torch.manual_seed(0)
-    found = evaluate_points(create_model("dat_mini", offset_zero_init=False).eval(), images, masks)
-    assert max(layer["attention"] for layer in found["layers"].values()) < 0.3
+    found = summary(evaluate_points(create_model("dat_mini", offset_zero_init=False).eval(), images, masks))
+    assert found.value.xs("attention", level="kind").max() < 0.3
 
 
 def test_vit_mini_at_another_size():

@@ -13,7 +13,8 @@ from torch import nn
 
 from dynattn import create_model, figures, official, tracing, weights
 from dynattn.data import CLASSES, Shapes
-from dynattn.figures import dat, draw, gallery, measures, noise, subjects
+from dynattn.figures import dat, draw, gallery, measures, noise, run, subjects, sweep
+from dynattn.figures.tables import ALL, NETWORK, OTHER, OWN, Measure, Row, at, from_records, records, summary, table_of
 from dynattn.mechanisms.window import WindowAttention
 
 SMALL = dict(img_size=64, num_classes=10, dims=(16, 32, 64), depths=(1, 2, 2), heads=(2, 2, 4))
@@ -147,24 +148,57 @@ def test_evaluation_of_points_that_lie_where_the_mask_is(monkeypatch):
         return tracing.Trace(x, torch.tensor([0.0, 1.0]), {record.name: record})
 
     monkeypatch.setattr(measures, "trace", trace)
-    found = measures.evaluate_points(nn.Identity(), images, masks, np.array([1, 1, 1, 0]))
-    layer = found["layers"][found["best"]]
-    assert found["n"] == 4 and found["area"] == 0.25 and found["accuracy"] == 0.75
-    for values in (found, layer):
-        assert values["points"] == values["attention"] == 1 and values["points_other"] == values["attention_other"] == 0
-        assert values["references"] == pytest.approx(0.25) == pytest.approx(values["references_other"])
-        assert values["points_se"] == 0 and values["references_se"] == pytest.approx(0.25)
-    assert found["propagated"] == 1
+    table = measures.evaluate_points(nn.Identity(), images, masks, np.array([1, 1, 1, 0]))
+    assert list(table.columns) == ["layer", "head", "image", "mask", "kind", "value"]
+    found = summary(table)
+    network, layer = (found.xs((name, ALL), level=("layer", "head")) for name in (NETWORK, "layer (2, 2)"))
+    assert (found.n == 4).all() and network.value["area"] == 0.25 and network.value["accuracy"] == 0.75
+    assert layer.value["points"] == layer.value["attention"] == 1
+    assert layer.other["points"] == layer.other["attention"] == 0 and np.isnan(layer.other["move"])
+    assert layer.value["references"] == pytest.approx(0.25) == pytest.approx(layer.other["references"])
+    assert layer.standard_error["points"] == 0 and layer.standard_error["references"] == pytest.approx(0.25)
+    assert network.value["propagated"] == 1
+
+
+def test_a_table_is_summed_up_and_read_again():
+    """Means by place, what is not a number left out, the null beside it; as JSON and back."""
+    rows = [[Row("a", 0, OWN, "keys", value), Row("a", 0, OTHER, "keys", null)] for value, null in ((1, 2), (3, 4))]
+    rows.append([Row("a", 0, OWN, "keys", float("nan")), Row("b", 1, "none", "move", 5)])
+    found = summary(table_of(rows))
+    keys, move = found.loc[("a", 0, "keys")], found.loc[("b", 1, "move")]
+    assert (keys.value, keys.other, keys.n, keys.standard_error) == (2, 3, 2, 1)
+    assert move.value == 5 and np.isnan(move.other) and np.isnan(move.standard_error)
+    again = from_records(json.loads(json.dumps(records(found))))
+    assert again.equals(found[again.columns].astype(again.dtypes))
+    assert len(at(table_of(rows), "b", 1)) == 1
+
+
+def test_a_measure_is_written_and_read():
+    measure = Measure("share", 0.5, {"random weights": 0.1}, 9, other=0.2, window=0.0)
+    entry = {"name": "share", "trained": 0.5, "random": {"random weights": 0.1}, "n": 9, "other": 0.2, "window": 0.0}
+    assert measure.entry() == entry and Measure.read(entry) == measure and measure.nulls == [0.1, 0.2, 0.0]
+    with pytest.raises(TypeError):
+        Measure.read(entry | {"other_seeds": {}})
+
+
+def test_entries_of_an_older_version_are_left_out(tmp_path):
+    """Their measures had other names; the others of the folder stay."""
+    measure = Measure("share", 0.5, {}, 9).entry()
+    entry = {"paper": "dat", "figure": 5, "file": "a.png", "measures": [measure]}
+    old = entry | {"figure": 6, "measures": [measure | {"other_seeds": {"seed 1": 0.4}}]}
+    (tmp_path / "conditions.json").write_text(json.dumps([entry, old]))
+    assert gallery.read(tmp_path) == [entry]
 
 
 def test_evaluation_without_offsets_is_the_grid():
     model = create_model("dat_mini", **SMALL).eval()
     images, _, masks = zip(*(Shapes("easy", "test", 64)[i] for i in range(3)), strict=True)
-    found = measures.evaluate_points(model, torch.stack(images).numpy(), torch.stack(masks).numpy())
-    assert len(found["layers"]) == 2 and "accuracy" not in found
-    for layer in found["layers"].values():
-        assert layer["points"] == layer["references"] and layer["move"] == 0
-        assert layer["points_ratio"] == pytest.approx(1)  # a grid that never moves cannot tell images apart
+    found = summary(measures.evaluate_points(model, torch.stack(images).numpy(), torch.stack(masks).numpy()))
+    assert "accuracy" not in found.index.get_level_values("kind")
+    points, references, moves = (found.xs(kind, level="kind") for kind in ("points", "references", "move"))
+    assert len(points) == 2 and points.equals(references) and (moves.value == 0).all()
+    # A grid that never moves cannot tell images apart.
+    assert points.value.to_numpy() == pytest.approx(points.other.to_numpy())
 
 
 def test_evaluation_checks_its_arguments():
@@ -230,7 +264,12 @@ def test_windows_are_compared_on_the_last_map_that_has_several():
 
 def test_layers_are_chosen_by_measure_where_there_is_one():
     layers = [SimpleNamespace(name="best"), SimpleNamespace(name="last")]
-    assert dat.choose(layers, {"best": {"points_ratio": 2.0}, "last": {"points_ratio": 1.0}}, "points") == "best"
+    shares = {"best": (0.4, 0.2), "last": (0.5, 0.5)}
+    found = [
+        [Row(layer, ALL, mask, "points", value) for mask, value in zip((OWN, OTHER), shares[layer], strict=True)]
+        for layer in shares
+    ]
+    assert dat.choose(layers, summary(table_of(found)), "points") == "best"
     assert dat.choose(layers, None, "points") == "last"
 
 
@@ -257,7 +296,7 @@ def shipped(tmp_path_factory):
 def setup(shipped, monkeypatch, tmp_path):
     """Stand-ins for the shipped checkpoints, few images to measure, and a folder to draw into."""
     monkeypatch.setattr(weights, "FOLDER", shipped)
-    monkeypatch.setattr(subjects.Setting, "count", property(lambda self: 4))
+    monkeypatch.setattr(run.Setting, "count", property(lambda self: 4))
     monkeypatch.setattr(subjects, "TEST_COUNT", 30)
     monkeypatch.setattr(dat, "SWEEP_COUNTS", (8, 3))
     monkeypatch.setenv("DYNATTN_CACHE", str(shipped / "cache"))
@@ -287,10 +326,31 @@ def test_all_figures_with_their_conditions(setup, capsys):
         for measure in one["measures"]:
             assert measure["name"] in printed.out and measure["random"]
             assert all(0 <= value <= 1 for value in [measure["trained"], *measure["random"].values()])
-            assert "accuracy" in measure["name"] or 0 <= measure["other"] <= 1
-            assert list(measure.get("other_seeds", {})) == (["seed 7"] if measures_of_the_subject(one, measure) else [])
+            alone = any(word in measure["name"] for word in ("accuracy", "depend on the image"))  # no mask is asked
+            assert measure["other"] is None if alone else 0 <= measure["other"] <= 1
+            assert list(measure.get("seeds", {})) == (["seed 7"] if measures_of_the_subject(one, measure) else [])
     assert "100%" in printed.err
     assert f"](/{setup}" not in readme and str(setup) not in readme  # links are relative
+
+
+def test_figure_4_says_whether_a_range_is_better_than_none():
+    """By more than two standard errors of the difference, in accuracy or in attention."""
+    values = lambda *numbers: [Measure("", number, {}, 9, standard_error=0.01) for number in numbers]  # noqa: E731
+    labels = ["s = 0", "s = 1", "s = 2"]
+    found = sweep.Found(values(0.5, 0.52, 0.4), values(0.3, 0.2, 0.32), {})
+    assert dat.verdict(labels, found) == "At this size no range is better than s = 0 by more than two standard errors."
+    found = sweep.Found(values(0.5, 0.54, 0.4), values(0.3, 0.2, 0.34), {})
+    assert dat.verdict(labels, found).endswith("errors: s = 1 in accuracy, s = 2 in attention on the object.")
+
+
+def test_figure_6_measures_what_the_image_moves(setup):
+    """Offsets of zero depend on nothing; those of random weights depend on the image by some part."""
+    (entry,) = draw(only=[6], out=setup, progress=False)
+    found = [measure for measure in entry["measures"] if "depend on the image" in measure["name"]]
+    assert len(found) == 2 and "The part of the squared length of the offsets that depends on the" in entry["caption"]
+    for measure in found:
+        assert measure["layer"] in entry["caption"] and 0 < measure["trained"] < 1
+        assert f"{100 * measure['trained']:.0f} % on the {measure['name'].partition(', ')[2]}" in entry["caption"]
 
 
 def measures_of_the_subject(entry: dict, measure: dict) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 
 from dynattn import cost, create_model, figures, plugins, tracing, weights
 from dynattn.data import CLASSES, Shapes
-from dynattn.figures import dgt, draw, gallery, measures, noise, style, subjects
+from dynattn.figures import dgt, draw, gallery, measures, noise, run, style, subjects
+from dynattn.figures.tables import ALL, NETWORK, Measure, from_records, records, summary
 from dynattn.lessons import notebook
 
 SMALL = dict(img_size=64, num_classes=10, dims=(16, 32, 64), depths=(1, 1, 1), heads=(2, 2, 4), keys=(24, 8), groups=4)
@@ -132,17 +133,21 @@ def test_heads_are_chosen_on_images_that_are_not_measured(monkeypatch):
         return tracing.Trace(x, torch.tensor([0.0, 1.0]), {"layer": Grouped(heads, keys)})
 
     monkeypatch.setattr(measures, "trace", trace)
-    found = measures.evaluate_groups(nn.Identity(), images, masks, np.array([1] * 6 + [0] * 6), choice=4)
-    layer = found["layers"]["layer"]
-    assert (found["n"], found["choice"], found["area"], found["accuracy"]) == (8, 4, 0.25, 0.25)
-    assert found["chosen"] == {"nmi": ["layer", 0], "keys": ["layer", 0]} and layer["chosen"] == {"nmi": 0, "keys": 0}
-    assert layer["nmi"] == pytest.approx([0, 1], abs=1e-12) and layer["nmi_se"] == pytest.approx([0, 0], abs=1e-12)
+    found = summary(measures.evaluate_groups(nn.Identity(), images, masks, np.array([1] * 6 + [0] * 6), choice=4))
+    by_head = {kind: rows.droplevel("kind") for kind, rows in found.loc[["layer"]].groupby("kind")}
+    own, null = ({kind: rows[column].to_list() for kind, rows in by_head.items()} for column in ("value", "other"))
+    assert found.value[NETWORK, ALL, "accuracy"] == 0.5 and found.value[NETWORK, ALL, "area"] == 0.25
+    assert set(by_head["nmi"].n) == {8} and set(by_head["choose_nmi"].n) == {4}
+    for rule in ("nmi", "keys"):
+        assert dgt.chosen(found, rule) == dgt.chosen(found, rule, "layer") == ("layer", 0)
+    assert own["nmi"] == pytest.approx([0, 1], abs=1e-12)
+    assert by_head["nmi"].standard_error.to_list() == pytest.approx([0, 0], abs=1e-12)
     own_again = 2 / 11  # of eleven other masks two are the same
     less = measures.mutual_information(torch.tensor([1, 0, 0, 0]), torch.tensor([[False, True, False, False]]))
-    assert layer["nmi_other"] == pytest.approx([0, own_again + (1 - own_again) * float(less)])
-    assert layer["keys"] == pytest.approx([0.25, 1])  # head 0: the first cell, the object in every fourth image
-    assert layer["keys_off"] == pytest.approx([0.25, 0.25]) and layer["keys_limit"] == [1, 1]
-    assert layer["groups"] == pytest.approx([1, np.exp(-0.25 * np.log(0.25) - 0.75 * np.log(0.75))])
+    assert null["nmi"] == pytest.approx([0, own_again + (1 - own_again) * float(less)])
+    assert own["keys"] == pytest.approx([0.25, 1])  # head 0: the first cell, the object in every fourth image
+    assert own["keys_off"] == pytest.approx([0.25, 0.25]) and own["keys_limit"] == [1, 1]
+    assert own["groups"] == pytest.approx([1, np.exp(-0.25 * np.log(0.25) - 0.75 * np.log(0.75))])
 
 
 def test_evaluation_of_a_network():
@@ -152,13 +157,16 @@ def test_evaluation_of_a_network():
     bar = SimpleNamespace(n=0)
     bar.update = lambda: setattr(bar, "n", bar.n + 1)
     arrays = torch.stack(images).numpy(), torch.stack(masks).numpy(), np.array(labels)
-    found = measures.evaluate_groups(model, *arrays, bar=bar)
-    assert bar.n == 6 and (found["n"], found["choice"]) == (5, 1) and len(found["layers"]) == 2
-    for layer in found["layers"].values():
-        assert all(len(value) == 2 for kind, value in layer.items() if kind != "chosen")
-        assert all(0 <= value <= 1 for kind in ("nmi", "nmi_other", "keys", "keys_limit") for value in layer[kind])
-        assert all(1 <= value <= 4 for value in layer["groups"]) and all(0 < value < 1 for value in layer["distance"])
-    assert json.loads(json.dumps(found)) == found
+    table = measures.evaluate_groups(model, *arrays, bar=bar)
+    assert bar.n == 6 and set(table.image[table.kind == "choose_nmi"]) == {0}
+    assert set(table.image[table.kind == "nmi"]) == {1, 2, 3, 4, 5}
+    found = summary(table)
+    kinds = {kind: rows for kind, rows in found[found.index.get_level_values("layer") != NETWORK].groupby("kind")}
+    assert all(len(rows) == 4 for rows in kinds.values())  # two layers of two heads
+    assert all(kinds[kind].value.between(0, 1).all() for kind in ("nmi", "keys", "keys_limit", "distance"))
+    assert kinds["nmi"].other.between(0, 1).all() and kinds["groups"].value.between(1, 4).all()
+    again = from_records(json.loads(json.dumps(records(found))))
+    assert np.array_equal(again.value, found.value) and np.array_equal(again.other, found.other, equal_nan=True)
 
 
 def test_evaluation_of_groups_checks_its_arguments():
@@ -203,7 +211,7 @@ def shipped(tmp_path_factory):
 def setup(shipped, monkeypatch, tmp_path):
     """Stand-ins for the shipped checkpoints, few images to measure, and a folder to draw into."""
     monkeypatch.setattr(weights, "FOLDER", shipped)
-    monkeypatch.setattr(subjects.Setting, "count", property(lambda self: 4))
+    monkeypatch.setattr(run.Setting, "count", property(lambda self: 4))
     monkeypatch.setattr(subjects, "TEST_COUNT", 30)
     monkeypatch.setattr(dgt, "SWEEP_COUNTS", (30, 5))
     monkeypatch.setattr(style, "DPI", 30)  # sooner written
@@ -255,11 +263,11 @@ def test_measures_of_the_groups(setup):
     """Each network's own head, by the same rule, and of figure 6 in the first stage."""
     third, sixth = draw("dgt", only=[6, 3], out=setup, progress=False)
     same, mean = third["measures"].pop(5), third["measures"].pop(2)
-    layers = third["networks"]["dgt_mini"]["layers"].values()
-    assert mean["name"] == "groups and object (NMI), mean of all heads" and mean["layer"] is None
-    assert mean["trained"] == pytest.approx(np.mean([layer["nmi"] for layer in layers]))
-    assert mean["other"] == pytest.approx(np.mean([layer["nmi_other"] for layer in layers]))
-    assert same["trained"] == np.mean([np.greater(layer["keys"], layer["keys_off"]) for layer in layers])
+    found = from_records(third["networks"]["dgt_mini"])
+    nmi, keys, off = (found.xs(kind, level="kind") for kind in ("nmi", "keys", "keys_off"))
+    assert mean["name"] == "groups and object (NMI), mean of all heads" and "layer" not in mean
+    assert (mean["trained"], mean["other"]) == pytest.approx((nmi.value.mean(), nmi.other.mean()))
+    assert same["trained"] == (keys.value > off.value).mean()
     assert f"in {round(4 * same['trained'])} of 4 heads" in third["caption"] and len(same["random"]) == dgt.TWINS
     for entry, kinds in ((third, ("nmi", "nmi", "keys", "keys_off")), (sixth, ("nmi", "keys", "keys_off"))):
         *shares, far = entry["measures"]
@@ -267,8 +275,9 @@ def test_measures_of_the_groups(setup):
         for kind, rule, measure in zip(kinds, rules, shares, strict=True):
             layer = "stages.0.blocks.0.attn" if entry is sixth else None
             for name, value in [("dgt_mini", measure["trained"]), *measure["random"].items()]:
-                assert dgt.at_head(entry["networks"][name], rule, layer)[kind] == value
-            assert list(measure["other_seeds"]) == ["seed 7"] and measure["n"] == 3 and measure["standard_error"] >= 0
+                network = from_records(entry["networks"][name])
+                assert network.value[*dgt.chosen(network, rule, layer), kind] == value
+            assert list(measure["seeds"]) == ["seed 7"] and measure["n"] == 3 and measure["standard_error"] >= 0
             assert ("limit" in measure) == (kind == "keys") and 0 <= measure["other"] <= 1
         assert far["other"] is None and 0 < far["window"] < far["trained"] < 1
         name, head = shares[0]["layer"].split(", head ")
@@ -307,18 +316,21 @@ def test_without_its_checkpoints_the_table_is_left_out(setup, shipped, monkeypat
     entries = draw("dgt", out=setup, progress=False)
     assert [one["figure"] for one in entries] == [3, 6]
     assert "table4b is left out: it needs checkpoints dgt_sweep_*" in capsys.readouterr().out
-    assert "other_seeds" not in entries[0]["measures"][0]
+    assert "seeds" not in entries[0]["measures"][0]
 
 
-def test_a_table_of_one_seed_has_no_error(setup, shipped, monkeypatch, tmp_path):
+def test_errors_of_a_table_of_one_seed_are_those_over_images(setup, shipped, monkeypatch, tmp_path):
     few = tmp_path / "weights"
     few.mkdir()
     for name in ("dgt_mini", "dgt_sweep_a", "dgt_sweep_c"):
         (few / f"{name}.safetensors").write_bytes((shipped / f"{name}.safetensors").read_bytes())
     monkeypatch.setattr(weights, "FOLDER", few)
     (entry,) = draw("dgt", only=["table4b"], out=setup, progress=False)
-    assert [one["standard_error"] for one in entry["measures"]] == [None] * 4
-    assert "±" not in entry["caption"] and "(the paper: -0.1)" in entry["caption"]
+    assert not any("seeds" in one for one in entry["measures"])
+    for one in entry["measures"][:2]:
+        assert one["standard_error"] == pytest.approx((one["trained"] * (1 - one["trained"]) / 30) ** 0.5)
+    assert "what another seed would change is not in them" in entry["caption"]
+    assert "(the paper: -0.1)" in entry["caption"]
     assert strictly((setup / "conditions.json").read_text()) == noise.rounded([entry])
 
 
@@ -357,7 +369,7 @@ def test_other_weights(setup, photograph, tmp_path):
     assert all("of the most even groups" in one["caption"] for one in (third, sixth))
     assert third["caption"].startswith("stages.1.") and "stages.0." in sixth["caption"]
     (measured,) = draw("dgt", weights=file, only=[6], out=setup, progress=False)
-    assert measured["measures"][0]["n"] == 3 and "other_seeds" not in measured["measures"][0]
+    assert measured["measures"][0]["n"] == 3 and "seeds" not in measured["measures"][0]
     with pytest.raises(ValueError, match="only: table4b compares shipped models .* takes no weights or model"):
         draw("dgt", weights=file, only=["table4b"], out=setup, progress=False)
     with pytest.raises(ValueError, match="only: table4b compares shipped models .* takes no image"):
@@ -389,7 +401,8 @@ def test_one_group_alone_is_drawn(setup, tmp_path):
     weights.write(file, model.state_dict(), dict(name="dgt_mini", arguments=SMALL, seed=0, classes=list(CLASSES)))
     third, sixth = draw("dgt", weights=file, only=[3, 6], out=setup, progress=False)
     assert third["measures"][0]["trained"] == sixth["measures"][0]["trained"] == 0
-    assert third["networks"]["dgt_mini"]["layers"]["stages.0.blocks.0.attn"]["groups"] == pytest.approx([1, 1])
+    groups = from_records(third["networks"]["dgt_mini"]).value.xs("groups", level="kind")
+    assert groups["stages.0.blocks.0.attn"].to_list() == pytest.approx([1, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------- the looks
@@ -432,8 +445,8 @@ def test_columns_stand_in_pairs_from_the_right():
 
 
 def test_a_measure_without_a_mask_is_compared_with_a_window():
-    one = dict(name="far", trained=0.5, random={"random weights": 0.4}, other=None, window=0.2, n=3)
-    other = dict(name="keys", trained=0.3, random={"random weights": 0.1}, other=0.1, limit=0.6, n=3)
+    one = Measure("far", 0.5, {"random weights": 0.4}, 3, window=0.2)
+    other = Measure("keys", 0.3, {"random weights": 0.1}, 3, other=0.1, limit=0.6)
     sheet = style.sheet(1, 1, "", "", [one, other])
     words = [text.get_text() for ax in sheet.figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
     assert words == ["trained", "random weights", "another image's mask", "window of as many keys", "most possible"]

@@ -23,13 +23,22 @@ DEFORMABLE = "stages.1.blocks.3.attn"
     "name, kind, said",
     [
         ("stages.1.blocks.3.attn", "window", "stage 2, block 4, window"),
-        ("layers.0.blocks.1.block.attn", "dynamic_group", "stage 1, block 2, dynamic group"),
+        ("layers.0.blocks.1.block.attn", "dynamic group", "stage 1, block 2, dynamic group"),
         ("blocks.3.block.attn", "dense", "block 4, dense"),
         ("encoder.self_attention", "dense", ""),
     ],
 )
 def test_layers_are_named_as_a_reader_thinks(name, kind, said):
     assert title(name, kind) == said
+
+
+def test_a_layer_whose_windows_are_moved_says_so():
+    """Swin's second blocks; where one window covers the map nothing is moved."""
+    t = trace(create_model("swin_mini", img_size=64, num_classes=10, window_size=4), torch.zeros(3, 64, 64))
+    moved = [record.kind_in_words == "shifted window" for record in t]
+    windows = [record.window != record.query_shape for record in t]
+    assert moved == [several and i % 2 == 1 for i, several in enumerate(windows)] and any(moved)
+    assert "stage 1, block 2, shifted window" in make_panels(t)[0].titles.values()
 
 
 class Dense(Record):

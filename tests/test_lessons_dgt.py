@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from dynattn import verify  # noqa: E402
 from dynattn.figures.measures import on_map  # noqa: E402
+from dynattn.figures.tables import OTHER, OWN, Row, summary, table_of  # noqa: E402
 from dynattn.lessons import Pointer  # noqa: E402
 from dynattn.lessons import dgt as lesson  # noqa: E402
 
@@ -143,10 +145,16 @@ def test_groups_miss_keys_where_the_page_says_so():
     assert lost(lesson.IMAGES[3], 3) >= 2 > max(lost(lesson.IMAGES[0], layer) for layer in range(5))
 
 
-def measured(nmi: float, on: float, off: float) -> dict:
-    """What `evaluate_groups` finds in a network, alike in all heads."""
-    values = dict(nmi=nmi, nmi_other=0.05, keys=on, keys_off=off, keys_other=0.1, keys_off_other=0.1)
-    return {"layers": {"first": {kind: [value] * 4 for kind, value in values.items()}}}
+def measured(nmi: float, on: float, off: float) -> pd.DataFrame:
+    """The summary of a network whose heads are all alike."""
+    values = {"nmi": (nmi, 0.05), "keys": (on, 0.1), "keys_off": (off, 0.1)}
+    rows = [
+        Row("first", head, mask, kind, value)
+        for head in range(4)
+        for kind in values
+        for mask, value in zip((OWN, OTHER), values[kind], strict=True)
+    ]
+    return summary(table_of([rows]))
 
 
 @pytest.mark.parametrize("finds", [True, False])

@@ -1,6 +1,5 @@
 """A photograph of one's own, a checkpoint of one's own: nothing is measured again, and words say what happens."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,20 @@ from PIL import Image
 
 from dynattn import create_model, figures, official, weights
 from dynattn.data import Shapes
-from dynattn.figures import recorded, subjects
+from dynattn.figures import recorded, run, subjects
 from dynattn.figures.subjects import load_subject, own_picture, squeezed
 
 CONDITIONS = Path(__file__).parents[1] / "figures" / "conditions.json"
 
 
-@pytest.mark.parametrize("name", recorded.NETWORKS.values())
-def test_what_is_recorded_is_of_the_shipped_checkpoints(name):
+def test_what_is_recorded_is_of_the_shipped_checkpoints(tmp_path, monkeypatch):
     """If this fails: make figures, then dynattn.figures.recorded.record("figures/conditions.json")."""
-    entries = {(one["paper"], one["figure"]): one["networks"] for one in json.loads(CONDITIONS.read_text("utf-8"))}
-    ((paper, figure, network),) = [key for key, value in recorded.NETWORKS.items() if value == name]
-    assert recorded.measured(name) == entries[paper, figure][network]
+    kept = recorded.FILE.read_text("utf-8")
+    assert {"dat_mini", "dgt_mini", "swin_mini"} <= set(recorded.names()) <= set(weights.shipped())
+    assert all(recorded.measured(name) is not None for name in recorded.names())
+    monkeypatch.setattr(recorded, "FILE", tmp_path / "recorded.json")
+    recorded.record(CONDITIONS)
+    assert recorded.FILE.read_text("utf-8") == kept
 
 
 def test_nothing_is_recorded_of_another_checkpoint(tmp_path, monkeypatch):
@@ -34,7 +35,7 @@ def test_nothing_is_recorded_of_another_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("paper, number", [("dat", 6), ("dgt", 3)])
 def test_a_photograph_needs_no_test_set(paper, number, tmp_path, monkeypatch, capsys):
     """The layer is the recorded one; that it was chosen on test images, and the squeezing, stand in the caption."""
-    monkeypatch.setattr(subjects, "cached", lambda *_, **__: pytest.fail("the test set was made"))
+    monkeypatch.setattr(run, "cached", lambda *_, **__: pytest.fail("the test set was made"))
     photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8))
     (entry,) = figures.draw(paper, [number], image=photograph, out=tmp_path, progress=False)
     said = "The model sees the whole photograph at 128 × 128, its width squeezed by 1.50"
@@ -61,9 +62,9 @@ def test_statistics_of_random_networks_are_of_the_same_images(monkeypatch):
     """With and without a photograph."""
     shapes = Shapes("easy", "test", 128, subjects.TEST_COUNT)
     first = np.stack([shapes[i][0].numpy() for i in range(2)])
-    monkeypatch.setattr(subjects, "FEW", 2)
+    monkeypatch.setattr(run, "FEW", 2)
     subject = load_subject(name="dat_mini")
-    setting = subjects.Setting(figures.FIGURES["dat"], subject, Image.new("RGB", (128, 128)))
+    setting = run.Setting(figures.FIGURES["dat"], subject, Image.new("RGB", (128, 128)))
     assert np.array_equal(setting.few, first)
 
 

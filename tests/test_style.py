@@ -122,6 +122,38 @@ def test_ground_knows_nothing():
             assert {name[0] for name in imported(path)} <= allowed[parts(path)[0]], path.name
 
 
+def files_of(path: Path) -> set[Path]:
+    """The files that a file needs, wherever it imports them, but for those of the packages that it is in itself."""
+    found = set()
+    for name in imported(path):
+        for end in (len(name), len(name) - 1):  # the last may be something in the file
+            file = PACKAGE.joinpath(*name[:end]).with_suffix(".py") if end else PACKAGE / "__init__.py"
+            file = file if file.is_file() else PACKAGE.joinpath(*name[:end], "__init__.py")
+            if file.is_file():
+                found.add(file)
+                break
+    return {file for file in found if file.stem != "__init__" or file.parent not in path.parents}
+
+
+def circle(needs: dict[Path, set[Path]]) -> list[str]:
+    """A circle among files, empty where there is none: what is left when files without needs are taken away."""
+    left = dict(needs)
+    while free := [file for file, needed in left.items() if not needed & left.keys()]:
+        for file in free:
+            del left[file]
+    return sorted("/".join(file.parts[-2:]) for file in left)
+
+
+def test_no_file_imports_in_a_circle():
+    """Not even within a function, or for types alone."""
+    assert not circle({path: files_of(path) for path in FILES})
+
+
+def test_a_circle_is_found(tmp_path):
+    a, b, c = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
+    assert circle({a: {b}, b: {c}, c: set()}) == [] and len(circle({a: {b}, b: {c}, c: {b}})) == 3
+
+
 def test_the_rules_can_fail(tmp_path, monkeypatch):
     """The parser sees every form of import."""
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)

@@ -1,8 +1,9 @@
 """The papers' figures, drawn from trained models, each with its conditions and with what chance would give.
 
 `draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
-models and pictures; `measures.py`; `drawing.py`, captions; `style.py`, looks; `gallery.py`, the folder they go into;
-`noise.py`, what counts as a change.
+models and pictures; `measures.py`, what is measured of an image; `tables.py`, of many images; `run.py`, what a figure
+is and what those of a run share; `drawing.py`, captions; `sweep.py`, networks that differ in one argument; `style.py`,
+looks; `gallery.py`, the folder they go into; `noise.py`, what counts as a change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ from tqdm import tqdm
 from dynattn import core, plugins
 
 from . import gallery
-from .drawing import Paper, Plan
-from .subjects import Setting, load_subject, squeezed
+from .run import Paper, Plan, Setting
+from .subjects import load_subject, squeezed
 
 FIGURES: dict[str, Paper] = {}
 
@@ -61,7 +62,7 @@ def draw(
     name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default `figures`, or
     NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random networks.
     An entry is what conditions.json has of a figure, with four digits: file, caption, weights, images, versions,
-    measures, nulls.
+    measures with their nulls, and of each network a summary by layer, head and kind of measure.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay, and so
     does what differs by no more than another machine's rounding.
     Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from dynattn.data import normalise
 from dynattn.tracing import Record, Trace, trace
-from dynattn.training import evaluate
 
-from . import style
+from . import style, sweep
 from .drawing import (
-    Drawing,
-    Paper,
-    Plan,
+    NAMES,
     aspect_of,
     compared,
     conditions,
@@ -31,8 +30,10 @@ from .drawing import (
     size_of,
     unmasked,
 )
-from .measures import evaluate_points, move, propagate, reach, received
-from .subjects import RANDOM, Picture, Setting, Subject, load_subject
+from .measures import evaluate_points, image_share, move, propagate, reach, received
+from .run import Drawing, Paper, Plan, Setting
+from .subjects import RANDOM, SEED, Picture, Subject, load_subject
+from .tables import ALL, NETWORK, Measure, at, joined, summary
 
 # Test images, chosen for a spread of classes, places and backgrounds, not by what a model makes of them.
 SWEEP_OF, KEYS_OF, POINTS_OF, QUERIES_OF = (19,), (8, 7, 19, 13, 25, 10), (1, 9, 22, 27), (24, 7)
@@ -56,57 +57,65 @@ def twins(setting: Setting) -> dict[str, nn.Module]:
 # --------------------------------------------------------------------------------------------- 4: the range of offsets
 
 
-def sweep() -> dict[str, Subject]:
-    """The shipped models that differ in their offset range s alone, in its order."""
-    subjects = {one.arguments["offset_range"]: one for one in PLANS[4].subjects()}
-    return {f"s = {s:g}": subjects[s] for s in sorted(subjects)}
+def ranges() -> dict[str, list[Subject]]:
+    """The networks that differ in their offset range s alone, in its order."""
+    found: dict[float, list[Subject]] = {}
+    for subject in PLANS[4].subjects():
+        found.setdefault(subject.arguments["offset_range"], []).append(subject)
+    return {f"s = {s:g}": found[s] for s in sorted(found)}
+
+
+def swept(setting: Setting | None = None) -> sweep.Sweep:
+    """Figure 4's sweep; the random network, with the largest range, is made where there is a setting."""
+    columns = ranges()
+    largest = list(columns.values())[-1][0]
+    twin = setting.twin(largest, offset_zero_init=False) if setting else None
+    layers_alone = lambda table: table[table.layer != NETWORK]  # noqa: E731
+    return sweep.Sweep(columns, {LARGEST: twin}, "attention", layers_alone, SWEEP_COUNTS)
 
 
 def offset_range(setting: Setting) -> Drawing:
     """Figure 4: accuracy over the range s that scales the offsets, and with it the attention on the object."""
-    subjects = sweep()
-    setting = replace(setting, subject=next(iter(subjects.values())))  # its size decides that of the images
-    n, count = SWEEP_COUNTS
-    images, labels, _ = (part[:n] for part in setting.test_set)
-    found = {s: setting.evaluation(s, subject.model, count=count) for s, subject in subjects.items()}
-    accuracy = np.array([evaluate(subject.model, images, labels)[0] for subject in subjects.values()])
-    shares = {
-        kind: np.array([one[kind] for one in found.values()])
-        for kind in ("attention", "attention_se", "attention_other")
-    }
-    twin = setting.twin(list(subjects.values())[-1], offset_zero_init=False)
-    networks = found | {LARGEST: setting.evaluation(LARGEST, twin, count=count)}
-    chance = {LARGEST: networks[LARGEST]["accuracy"]}
-    measures = [
-        dict(name=f"accuracy, {s}", trained=float(value), random=chance, other=None, n=n)
-        for s, value in zip(subjects, accuracy, strict=True)
-    ] + [share("attention", networks, s, s) for s in subjects]
-
+    first = [subjects[0] for subjects in ranges().values()]
+    setting = replace(setting, subject=first[0])  # its size decides that of the images
+    compared_here = swept(setting)
+    found = sweep.measure(setting, compared_here)
     (picture,) = setting.pictures(SWEEP_OF)
-    traces = [trace(subject.model, picture.x) for subject in subjects.values()]
+    traces = [trace(subject.model, picture.x) for subject in first]
     finest = [record.name for record in by_map(traces[0])[0]]
-    layer = max(finest, key=lambda name: sum(one["layers"][name]["attention"] for one in found.values()))
-    seeds = ", ".join(map(str, sorted({subject.story["seed"] for subject in subjects.values()})))
+    tables = [found.tables[name] for column in compared_here.named.values() for name in column]
+    attention = summary(pd.concat(tables)).value.xs((ALL, "attention"), level=("head", "kind"))
+    layer = attention[finest].idxmax()
+    n, count = SWEEP_COUNTS
+    labels = list(compared_here.columns)
     caption = (
-        f"One network for each s at {picture.shape[0]} × {picture.shape[1]}, seed {seeds}: what another seed would "
-        f"change is not in the bars (standard errors: binomial over {n} test images, and over the {count} on which "
-        f"attention is measured, the mean of all deformable layers; random weights give "
-        f"{networks[LARGEST]['attention']:.2f}). Photographs: {picture.name}, {layer}; area of a dot: attention "
-        f"received."
+        f"{verdict(labels, found)} Networks at {picture.shape[0]} × {picture.shape[1]}, seed {compared_here.seeds}: "
+        f"{sweep.errors_of(compared_here)}. Accuracy: {n} test images; attention: {count}, the mean of all deformable "
+        f"layers; random weights give {found.shares[0].random[LARGEST]:.2f}. Photographs: {picture.name}, {layer}; "
+        f"area of a dot: attention received."
     )
-    sheet = style.sheet(1, len(subjects), PLANS[4].title, caption, column_labels=list(subjects), plots=2)
+    sheet = style.sheet(1, len(labels), PLANS[4].title, caption, column_labels=labels, plots=2)
     for ax, t in zip(sheet.panels[0], traces, strict=True):
         ground(ax, picture)
         draw_points(ax, t[layer])
-    style.series(sheet.plots[0], 100 * accuracy, 100 * (accuracy * (1 - accuracy) / n) ** 0.5, "accuracy, %")
-    style.series(
-        sheet.plots[1], shares["attention"], shares["attention_se"], "attention\non the object", from_zero=True
-    )
-    style.baseline(sheet.plots[1], shares["attention_other"], "another image's mask")
+    sweep.plot(sheet.plots[0], found.accuracies, "accuracy, %", 100)
+    sweep.plot(sheet.plots[1], found.shares, "attention\non the object", from_zero=True)
+    style.baseline(sheet.plots[1], np.array([share.other for share in found.shares]), "another image's mask")
     style.key(sheet, [*points_key(traces[0][layer]), *object_key([picture])])
-    return Drawing(
-        sheet.figure, caption, [picture], measures, [subject.story for subject in subjects.values()], networks
-    )
+    measures = found.accuracies + found.shares
+    return Drawing(sheet.figure, caption, [picture], measures, compared_here.stories, found.tables)
+
+
+def verdict(labels: Sequence[str], found: sweep.Found) -> str:
+    """Whether any offset range is better than none, in one sentence."""
+    better = []
+    for name, measures in {"accuracy": found.accuracies, "attention on the object": found.shares}.items():
+        for label, measure in zip(labels[1:], measures[1:], strict=True):
+            apart, error = sweep.difference(measures[0], measure)
+            better += [f"{label} in {name}"] * (apart > 2 * error)
+    if not better:
+        return f"At this size no range is better than {labels[0]} by more than two standard errors."
+    return f"Better than {labels[0]} by more than two standard errors: {', '.join(better)}."
 
 
 # ----------------------------------------------------------------------------------------------- 5: the important keys
@@ -119,7 +128,7 @@ def important_keys(setting: Setting) -> Drawing:
     traces = [trace(setting.subject.model, picture.x) for picture in pictures]
     if setting.image is None:
         networks = setting.evaluations()
-        measures = [share("propagated", networks, setting.subject.name)]
+        measures = [share("propagated", setting.table(), setting.subject.name)]
     else:
         networks, name = {}, f"propagated attention on the {TOP_KEYS} keys drawn"
         measures = [unmasked(setting, name, lambda t: float(top_keys(t)[1].sum()))]
@@ -154,17 +163,18 @@ def top_keys(t: Trace) -> tuple[Float[Tensor, "k 2"], Float[Tensor, " k"]]:
 def deformed_points(setting: Setting) -> Drawing:
     """Figure 6: where a deformable layer of each map has moved its points, from which grid."""
     pictures = setting.pictures(POINTS_OF, ("chelsea",))
-    traces = [trace(setting.subject.model, one.x) for one in pictures]
-    found = setting.trained()["layers"] if setting.subject.knows_shapes else None
+    traces = [trace(setting.subject.model, picture.x) for picture in pictures]
+    found = setting.trained() if setting.subject.knows_shapes else None
     names = [choose(records, found, "points") for records in by_map(traces[0])]
     layers = [[t[name] for name in names] for t in traces]
     if setting.image is None:
-        networks = setting.evaluations()
-        measures = [
-            share(kind, networks, setting.subject.name, size_of(record), record.name)
-            for record in layers[0]
-            for kind in ("points", "attention")
-        ]
+        networks, moved = setting.evaluations(), moved_by_image(setting, layers[0])
+        measures = []
+        for record in layers[0]:
+            table = at(setting.table(), record.name)
+            about = (setting.subject.name, size_of(record))
+            measures += [share(kind, table, *about, layer=record.name) for kind in ("points", "attention")]
+            measures.append(moved[record.name])
     else:
         networks, name = {}, "mean move of a point in pixels"
         measures = [
@@ -175,7 +185,7 @@ def deformed_points(setting: Setting) -> Drawing:
     caption = (
         f"{' and '.join(names)}: of each map the deformable layer {chosen_by(found, 'points', setting)}"
         f"{', the first of its groups' * (groups > 2)}. Area of a dot: attention received, mean over queries and "
-        f"heads. {conditions(setting, pictures, measures)}"
+        f"heads. {in_words(measures)}{conditions(setting, pictures, measures)}"
     )
     labels = [f"{size_of(record)}\n{record.points.shape[1]} points" for record in layers[0]]
     alone = len(pictures) == 1
@@ -191,23 +201,58 @@ def deformed_points(setting: Setting) -> Drawing:
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
+def moved_by_image(setting: Setting, records: Sequence[Record]) -> dict[str, Measure]:
+    """Of each layer: how much of the squared offsets is not the same for every image, and what random weights give."""
+    networks = {setting.subject.name: setting.subject.model} | setting.other_seeds | setting.twins
+    shares = {}
+    for network, model in networks.items():
+        traces = [trace(model, normalise(torch.from_numpy(np.array(image)))) for image in setting.few]
+        for name in (record.name for record in records):
+            offsets = torch.stack([t[name].points - t[name].references for t in traces])
+            shares.setdefault(name, {})[network] = image_share(offsets)[0]
+    return {
+        record.name: Measure(
+            name=f"{NAMES['image']}, {size_of(record)}",
+            trained=shares[record.name][setting.subject.name],
+            random={network: value for network, value in shares[record.name].items() if RANDOM in network},
+            n=len(setting.few),
+            seeds={network: value for network, value in shares[record.name].items() if network.startswith(SEED)},
+            layer=record.name,
+        )
+        for record in records
+    }
+
+
+def in_words(measures: Sequence[Measure]) -> str:
+    """Which part of the moves depends on the image, in a sentence; nothing where it was not measured."""
+    found = [measure for measure in measures if measure.name.startswith(NAMES["image"])]
+    if not found:
+        return ""
+    parts = [f"{100 * measure.trained:.0f} % on the {measure.name.partition(', ')[2]}" for measure in found]
+    return (
+        f"The part of the squared length of the offsets that depends on the image is {' and '.join(parts)} "
+        f"({found[0].n} images); the rest is the same move for every image. "
+    )
+
+
 def by_map(t: Trace) -> list[list[Record]]:
     """The deformable layers, those of one map together."""
     layers = t.of_kind("deformable")
     return [
-        [one for one in layers if one.query_shape == shape]
-        for shape in dict.fromkeys(one.query_shape for one in layers)
+        [record for record in layers if record.query_shape == shape]
+        for shape in dict.fromkeys(record.query_shape for record in layers)
     ]
 
 
-def choose(layers: Sequence[Record], found: dict[str, dict] | None, kind: str) -> str:
+def choose(layers: Sequence[Record], found: pd.DataFrame | None, kind: str) -> str:
     """Which of a map's layers to draw: the one that finds the object best; the last, as in the paper, if unmeasured."""
     if found is None:
         return layers[-1].name
-    return max((record.name for record in layers), key=lambda name: found[name][f"{kind}_ratio"])
+    ratio = (found.value / found.other).xs((ALL, kind), level=("head", "kind"))
+    return ratio[[record.name for record in layers]].idxmax()
 
 
-def chosen_by(found: dict[str, dict] | None, kind: str, setting: Setting) -> str:
+def chosen_by(found: pd.DataFrame | None, kind: str, setting: Setting) -> str:
     """The rule of `choose` in words; a photograph of one's own has no mask that could choose."""
     if found is None:
         return "that comes last"
@@ -239,24 +284,26 @@ def attention(setting: Setting) -> Drawing:
     """Figure 7: what a query on the object and one off it read in a deformable layer, and in windows."""
     pictures = setting.pictures(QUERIES_OF, ("flower",))
     label, other = windowed(setting)
-    traces = [(trace(setting.subject.model, one.x), trace(other.model, one.x)) for one in pictures]
+    beside_name = network_beside(setting)
+    traces = [(trace(setting.subject.model, picture.x), trace(other.model, picture.x)) for picture in pictures]
     layers, windows = beside(*traces[0])
     candidates = [record.name for record in windows]
     found = found_windows = None
     if setting.subject.knows_shapes:
-        found = setting.trained()["layers"]
-        measured = setting.recorded(other) or setting.evaluation(label, other.model, layers=candidates)
-        found_windows = measured["layers"]
+        found, found_windows = setting.trained(), setting.recorded(other)
+        if found_windows is None:
+            found_windows = summary(setting.evaluation(beside_name, other.model, layers=candidates))
     names = choose(layers, found, "attention"), choose(windows, found_windows, "attention")
     if setting.image is None:
         networks = setting.evaluations()
-        beside_it = {label: other.model, f"{label}, {RANDOM}": setting.twin(other)}
-        beside_it = {key: setting.evaluation(key, model, layers=candidates) for key, model in beside_it.items()}
+        others = {beside_name: other.model, f"{beside_name}, {RANDOM}": setting.twin(other)}
+        others = {name: setting.evaluation(name, model, layers=candidates) for name, model in others.items()}
+        own, windowed_own = at(joined(networks), names[0]), at(joined(others), names[1])
         measures = [
-            share("attention", networks, setting.subject.name, "DAT", names[0]),
-            share("attention", beside_it, label, label, names[1]),
+            share("attention", own, setting.subject.name, "DAT", layer=names[0]),
+            share("attention", windowed_own, beside_name, label, layer=names[1]),
         ]
-        networks |= beside_it
+        networks |= others
     else:
         networks, name = {}, "mean distance from query to key in pixels"
         measures = [
@@ -299,6 +346,12 @@ def windowed(setting: Setting) -> tuple[str, Subject]:
     return "DAT's windows", setting.subject
 
 
+def network_beside(setting: Setting) -> str:
+    """The name of that network in tables; the subject's own windows are measured apart from its deformable layers."""
+    label, other = windowed(setting)
+    return label if other is setting.subject else other.name
+
+
 def beside(t: Trace, other: Trace) -> tuple[list[Record], list[Record]]:
     """Deformable layers of one and window layers of the other network on the last map that has several windows.
 
@@ -331,8 +384,8 @@ def queries(picture: Picture) -> list[tuple[float, float]]:
 def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
     """The query (its cell's centre), the window it may read, and its attention, the mean over the heads, as dots."""
     keys = [record.keys(row, col, m) for m in range(record.heads)]
-    xy, same = torch.cat([one.xy for one in keys]).unique(dim=0, return_inverse=True)  # heads share their positions
-    weight = torch.zeros(len(xy)).index_add(0, same, torch.cat([one.weight for one in keys]).float()) / record.heads
+    xy, same = torch.cat([read.xy for read in keys]).unique(dim=0, return_inverse=True)  # heads share their positions
+    weight = torch.zeros(len(xy)).index_add(0, same, torch.cat([read.weight for read in keys]).float()) / record.heads
     xy, weight = xy[weight > NOTHING], weight[weight > NOTHING]
     if record.kind == "window":
         style.frame(ax, xy.numpy(), record.stride)
@@ -345,14 +398,14 @@ def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
 
 def of_the_sweep(setting: Setting) -> dict[str, int]:
     """The networks that figure 4 measures, and on how many images."""
-    return dict.fromkeys([*sweep(), LARGEST], SWEEP_COUNTS[1])
+    return sweep.networks_of(swept())
 
 
 def with_windows(setting: Setting) -> dict[str, int]:
     """Those of figure 7, with what stands beside DAT."""
-    label, other = windowed(setting)
-    chosen = {label: setting.count} if setting.subject.knows_shapes and not setting.recorded(other) else {}
-    beside_it = {} if setting.image is not None else dict.fromkeys([label, f"{label}, {RANDOM}"], setting.count)
+    name, (_, other) = network_beside(setting), windowed(setting)
+    chosen = {name: setting.count} if setting.subject.knows_shapes and setting.recorded(other) is None else {}
+    beside_it = {} if setting.image is not None else dict.fromkeys([name, f"{name}, {RANDOM}"], setting.count)
     return of_layers(setting) | chosen | beside_it
 
 

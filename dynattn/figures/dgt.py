@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
@@ -15,25 +16,13 @@ from torch import Tensor, nn
 
 from dynattn import cost
 from dynattn.tracing import Record, Trace, trace
-from dynattn.training import evaluate
 
-from . import style
-from .drawing import (
-    NAMES,
-    Drawing,
-    Paper,
-    Plan,
-    aspect_of,
-    compared,
-    conditions,
-    ground,
-    object_key,
-    of_layers,
-    share,
-    unmasked,
-)
+from . import style, sweep
+from .drawing import NAMES, aspect_of, compared, conditions, ground, object_key, of_layers, share, unmasked
 from .measures import by_overlap, distances, entropy, evaluate_groups, window_distance
-from .subjects import RANDOM, SEED, Picture, Setting, Subject, random_twin
+from .run import Drawing, Paper, Plan, Setting
+from .subjects import RANDOM, SEED, Picture, Subject, random_twin
+from .tables import OWN, Measure, at, best, joined, means, summary
 
 # Test images, chosen for a spread of classes and backgrounds, not by what a model makes of them.
 GROUPS_OF, PAIRS_OF, SWEEP_OF = (7, 19), (1, 22), (7,)
@@ -58,21 +47,29 @@ def twins(setting: Setting) -> dict[str, nn.Module]:
 # ------------------------------------------------------------------------------------------- which head, which groups
 
 
-def choose(t: Trace, found: dict | None, rule: str, layer: str | None = None) -> tuple[str, int]:
+def choose(t: Trace, found: pd.DataFrame | None, rule: str, layer: str | None = None) -> tuple[str, int]:
     """A layer, or the one that is given, and its head: by what was measured on images that are not measured otherwise.
 
     Without it the last layer, and the head whose groups are most even.
     """
     if found is not None:
-        return (layer, found["layers"][layer]["chosen"][rule]) if layer else tuple(found["chosen"][rule])
+        return chosen(found, rule, layer)
     name = layer or t.of_kind("dynamic_group")[-1].name
     sizes = [torch.bincount(groups, minlength=t[name].selected.shape[1]).double() for groups in t[name].groups]
     return name, int(torch.stack([entropy(size) for size in sizes]).argmax())
 
 
-def chosen_by(found: dict | None, rule: str) -> str:
+def chosen(found: pd.DataFrame, rule: str, layer: str | None = None) -> tuple[str, int]:
+    """The (layer, head) that the images which choose have found by a rule, of all or within a layer."""
+    return best(found.value.xs(f"choose_{rule}", level="kind"), layer)
+
+
+def chosen_by(found: pd.DataFrame | None, rule: str) -> str:
     """The rule of `choose` in words."""
-    return "of the most even groups" if found is None else f"{RULES[rule]}, on {found['choice']} test images set apart"
+    if found is None:
+        return "of the most even groups"
+    images = int(found.n.xs("choose_nmi", level="kind").iloc[0])
+    return f"{RULES[rule]}, on {images} test images set apart"
 
 
 def first_layer(t: Trace) -> str:
@@ -80,36 +77,39 @@ def first_layer(t: Trace) -> str:
     return t.of_kind("dynamic_group")[0].name
 
 
-def at_head(found: dict, rule: str, layer: str | None) -> dict[str, float]:
-    """What a network's own head measures, chosen by a rule in one layer or in all."""
-    name, head = (layer, found["layers"][layer]["chosen"][rule]) if layer else found["chosen"][rule]
-    values = found["layers"][name]
-    return {kind: value[head] for kind, value in values.items() if isinstance(value, list)} | {"n": found["n"]}
+def at_head(table: pd.DataFrame, rule: str, layer: str | None) -> pd.DataFrame:
+    """A network's rows of its own head, chosen by a rule in one layer or in all."""
+    return at(table, *chosen(summary(table), rule, layer))
 
 
-def measures_of(setting: Setting, rule: str, layer: str | None, t: Trace, place: tuple[str, int]) -> list[dict]:
+def at_heads(tables: dict[str, pd.DataFrame], rule: str, layer: str | None) -> pd.DataFrame:
+    """The same of several networks, as one table."""
+    return joined({network: at_head(table, rule, layer) for network, table in tables.items()})
+
+
+def measures_of(setting: Setting, rule: str, layer: str | None, t: Trace, place: tuple[str, int]) -> list[Measure]:
     """What a figure of groups measures: of the images with masks, or of the user's photograph.
 
     Of each network its own head, by the same rule.
     """
     name, head = place
     record, where = t[name], f"{name}, head {head}"
-    reach = "from a query to its keys, in sides of the image"
     if setting.image is not None:
         even = lambda t: float(entropy(torch.bincount(t[name].groups[head]).double()).exp())  # noqa: E731
+        far = unmasked(setting, NAMES["distance"], lambda t: distances(t[name])[head])
         return [
-            unmasked(setting, reach, lambda t: distances(t[name])[head]) | {"window": window_distance(record)},
+            replace(far, window=window_distance(record)),
             unmasked(setting, f"number of groups (e to the entropy), of {record.selected.shape[1]}", even),
         ]
-    networks = {key: at_head(one, rule, layer) for key, one in setting.evaluations().items()}
-    trained = networks[setting.subject.name]
-    found = [share(kind, networks, setting.subject.name) for kind in ("nmi", "keys", "keys_off")]
-    found[1]["limit"] = trained["keys_limit"]
-    random = {key: one["distance"] for key, one in networks.items() if RANDOM in key}
-    seeds = {key: networks[key]["distance"] for key in setting.other_seeds}
-    far = dict(name=reach, trained=trained["distance"], random=random, other=None, window=window_distance(record))
-    found.append(far | {"n": trained["n"]} | ({"other_seeds": seeds} if seeds else {}))
-    return [one | {"layer": where} for one in found]
+    subject = setting.subject.name
+    heads = at_heads(setting.evaluations(), rule, layer)
+    limit = float(means(heads, "keys_limit").value[subject, OWN])
+    return [
+        share("nmi", heads, subject, layer=where),
+        share("keys", heads, subject, layer=where, limit=limit),
+        share("keys_off", heads, subject, layer=where),
+        share("distance", heads, subject, layer=where, window=window_distance(record)),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -151,16 +151,16 @@ def rule_of_groups(pictures: Sequence[Picture]) -> str:
     return f"{known}; of photographs without a mask {unknown}" if any(masks) else unknown
 
 
-def same_way(found: dict, null: str = "") -> list[bool]:
-    """Of every head whether queries on the object have more keys on it than the others, as the paper describes it."""
-    return [
-        keys > off
-        for layer in found["layers"].values()
-        for keys, off in zip(layer[f"keys{null}"], layer[f"keys_off{null}"], strict=True)
-    ]
+def same_way(found: pd.DataFrame, column: str = "value") -> list[bool]:
+    """Of every head whether queries on the object have more keys on it than the others, as the paper describes it.
+
+    column: of the summary; "other" asks the same of the null.
+    """
+    heads = found[column].unstack("kind").dropna(subset=["keys", "keys_off"])
+    return list(heads["keys"] > heads["keys_off"])
 
 
-def found_by_subject(setting: Setting) -> dict | None:
+def found_by_subject(setting: Setting) -> pd.DataFrame | None:
     """What decides which head is drawn."""
     return setting.trained() if setting.subject.knows_shapes else None
 
@@ -210,29 +210,27 @@ def groups(setting: Setting) -> Drawing:
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
-def of_all_heads(setting: Setting, measures: list[dict]) -> list[dict]:
+def of_all_heads(setting: Setting, measures: list[Measure]) -> list[Measure]:
     """The measures of figure 3 with those beside them that are not of the head that is drawn."""
     found, name = setting.evaluations(), setting.subject.name
-    layer, head = found[name]["chosen"]["nmi"]
-    best = share("nmi", {key: at_head(one, "nmi", None) for key, one in found.items()}, name, "best head")
-    mean = share("nmi", {key: of_every_head(one) for key, one in found.items()}, name, "mean of all heads")
-    shares = {
-        key: {
-            "same": float(np.mean(same_way(one))),
-            "same_other": float(np.mean(same_way(one, "_other"))),
-            "same_se": None,
-            "n": one["n"],
-        }
-        for key, one in found.items()
-    }
+    layer, head = chosen(summary(found[name]), "nmi")
+    largest = share("nmi", at_heads(found, "nmi", None), name, "best head", layer=f"{layer}, head {head}")
+    mean = share("nmi", setting.table(), name, "mean of all heads")
     nmi, on, off, far = measures
-    return [nmi, best | {"layer": f"{layer}, head {head}"}, mean, on, off, share("same", shares, name), far]
+    return [nmi, largest, mean, on, off, heads_alike(found, name), far]
 
 
-def of_every_head(found: dict) -> dict[str, float | None]:
-    """A network's groups and objects, mean over all heads of all layers: nothing is chosen."""
-    heads = {kind: [x for layer in found["layers"].values() for x in layer[kind]] for kind in ("nmi", "nmi_other")}
-    return {kind: float(np.mean(values)) for kind, values in heads.items()} | {"nmi_se": None, "n": found["n"]}
+def heads_alike(tables: dict[str, pd.DataFrame], trained: str) -> Measure:
+    """The share of all heads in which queries on the object read it more than the others do."""
+    shares = {network: float(np.mean(same_way(summary(table)))) for network, table in tables.items()}
+    return Measure(
+        name=NAMES["same"],
+        trained=shares[trained],
+        random={network: value for network, value in shares.items() if RANDOM in network},
+        n=int(summary(tables[trained]).n.xs("nmi", level="kind").iloc[0]),
+        other=float(np.mean(same_way(summary(tables[trained]), "other"))),
+        seeds={network: value for network, value in shares.items() if network.startswith(SEED)},
+    )
 
 
 def draw_groups(pairs: Sequence, picture: Picture, record: Record, head: int) -> None:
@@ -291,19 +289,19 @@ def pairs(setting: Setting) -> Drawing:
 def sizes_of(subject: Subject) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """G and k of a model's stages, each number once."""
     layers = subject.model.grouped_layers()
-    return tuple(dict.fromkeys(one.groups for one in layers)), tuple(dict.fromkeys(one.keys for one in layers))
+    return tuple(dict.fromkeys(layer.groups for layer in layers)), tuple(dict.fromkeys(layer.keys for layer in layers))
 
 
-def sweep() -> dict[str, list[Subject]]:
-    """The shipped models that differ in G, in k or in their seed: those of one G and k together, the most keys and
-    groups first.
+def sizes() -> dict[str, list[Subject]]:
+    """The networks that differ in G, in k or in their seed: those of one G and k together, the most keys and groups
+    first.
     """
     found: dict[tuple, list[Subject]] = {}
-    for one in PLANS["table4b"].subjects():
-        found.setdefault(sizes_of(one), []).append(one)
+    for subject in PLANS["table4b"].subjects():
+        found.setdefault(sizes_of(subject), []).append(subject)
     order = sorted(found, key=lambda sizes: (-sum(sizes[1]), -sum(sizes[0])))
     name = lambda sizes: " / ".join(map(str, sizes))  # noqa: E731
-    by_seed = lambda one: one.story["seed"]  # noqa: E731
+    by_seed = lambda subject: subject.story["seed"]  # noqa: E731
     return {f"G = {name(sizes[0])}, k = {name(sizes[1])}": sorted(found[sizes], key=by_seed) for sizes in order}
 
 
@@ -316,70 +314,53 @@ def published_accuracies(subjects: Sequence[Subject]) -> list[float]:
         (halved(full_groups), full_keys): "dgt_tiny_g24",
         (full_groups, halved(full_keys)): "dgt_tiny_k49",
     }
-    for one in subjects:
-        name = rows.get(sizes_of(one))
+    for subject in subjects:
+        name = rows.get(sizes_of(subject))
         values.append(float(cost.published(name)["value"]) if name else np.nan)
     return values
 
 
+def swept(setting: Setting | None = None) -> sweep.Sweep:
+    """Table 4b's sweep; the random networks, like the first column's, are made where there is a setting."""
+    columns = sizes()
+    label, seed = next(iter(columns)), setting.seed if setting else 0
+    models = list(setting.twins.values()) if setting else [None] * TWINS
+    chance = {f"{RANDOM}, {label}, {SEED}{seed + i}": model for i, model in enumerate(models)}
+    layer = first_of(columns)
+    return sweep.Sweep(columns, chance, "nmi", lambda table: at_head(table, "nmi", layer), SWEEP_COUNTS)
+
+
+def first_of(columns: dict[str, list[Subject]]) -> str:
+    """The name of the first layer with groups, which is the same in all networks of the sweep."""
+    model = next(iter(columns.values()))[0].model
+    first = model.grouped_layers()[0]
+    return next(name for name, module in model.named_modules() if module is first)
+
+
 def groups_and_keys(setting: Setting) -> Drawing:
     """Table 4b in small: accuracy, and NMI of object and groups in the first stage, where G or k is half as large."""
-    subjects = sweep()
-    first = [seeds[0] for seeds in subjects.values()]
+    first = [subjects[0] for subjects in sizes().values()]
     setting = replace(setting, subject=first[0])  # its size decides that of the images
+    compared_here = swept(setting)
+    found = sweep.measure(setting, compared_here)
     (picture,) = setting.pictures(SWEEP_OF)
-    traces = [trace(one.model, picture.x) for one in first]
-    layer = first_layer(traces[0])
-    n, count = SWEEP_COUNTS
-    images, labels, _ = (part[:n] for part in setting.test_set)
-    named, twins = networks_of(subjects, setting)
-    networks = {
-        name: setting.evaluation(name, one.model, count) for seeds in named.values() for name, one in seeds.items()
-    }
-    chance = {
-        name: setting.evaluation(name, model, count) for name, model in zip(twins, setting.twins.values(), strict=True)
-    }
-    accuracies, nmis = [], []
-    for label, seeds in named.items():
-        values = {name: evaluate(one.model, images, labels)[0] for name, one in seeds.items()}
-        random = {name: one["accuracy"] for name, one in chance.items()}
-        accuracies.append(of_seeds(f"accuracy, {label}", values, n, random=random, other=None))
-        heads = {name: at_head(networks[name], "nmi", layer) for name in seeds}
-        values = {name: one["nmi"] for name, one in heads.items()}
-        random = {name: at_head(one, "nmi", layer)["nmi"] for name, one in chance.items()}
-        other = float(np.mean([one["nmi_other"] for one in heads.values()]))
-        measured = next(iter(heads.values()))["n"]
-        nmis.append(of_seeds(f"{NAMES['nmi']}, {label}", values, measured, random=random, other=other))
-
+    traces = [trace(subject.model, picture.x) for subject in first]
+    layer, labels = first_layer(traces[0]), list(compared_here.columns)
     paper = np.array(published_accuracies(first))
-    caption = sweep_caption(subjects, accuracies, paper, picture, layer, count)
-    sheet = style.sheet(1, len(subjects), PLANS["table4b"].title, caption, column_labels=list(subjects), plots=2)
-    for ax, t, label in zip(sheet.panels[0], traces, subjects, strict=True):
+    caption = sweep_caption(compared_here, found, paper, picture, layer)
+    sheet = style.sheet(1, len(labels), PLANS["table4b"].title, caption, column_labels=labels, plots=2)
+    for ax, t, column in zip(sheet.panels[0], traces, compared_here.named.values(), strict=True):
         ground(ax, picture)
-        found = networks[next(iter(named[label]))]
-        draw_all(ax, picture, t[layer], found["layers"][layer]["chosen"]["nmi"])
-    plot_seeds(sheet.plots[0], accuracies, "accuracy, %", 100)
-    style.baseline(sheet.plots[0], 100 * accuracies[0]["trained"] + paper - paper[0], "the paper's differences")
-    plot_seeds(sheet.plots[1], nmis, "groups and\nobject (NMI)", 1, from_zero=True)
-    style.baseline(sheet.plots[1], np.array([one["other"] for one in nmis]), "another image's mask")
+        draw_all(ax, picture, t[layer], chosen(summary(found.tables[next(iter(column))]), "nmi", layer)[1])
+    sweep.plot(sheet.plots[0], found.accuracies, "accuracy, %", 100)
+    said = 100 * found.accuracies[0].trained + paper - paper[0]
+    style.baseline(sheet.plots[0], said, "the paper's differences")
+    sweep.plot(sheet.plots[1], found.shares, "groups and\nobject (NMI)", from_zero=True)
+    style.baseline(sheet.plots[1], np.array([measure.other for measure in found.shares]), "another image's mask")
     marks = [(style.mark("s", style.GROUPS[i], 13), text) for i, text in enumerate(group_names([picture]))]
     style.key(sheet, [*marks, *object_key([picture])])
-    stories = [one.story for seeds in subjects.values() for one in seeds]
-    return Drawing(sheet.figure, caption, [picture], accuracies + nmis, stories, networks | chance)
-
-
-def networks_of(subjects: dict[str, list[Subject]], setting: Setting) -> tuple[dict[str, dict], list[str]]:
-    """The networks of the sweep by their names, those of one G and k together; and names of random ones."""
-    named = {label: {f"{label}, {SEED}{one.story['seed']}": one for one in seeds} for label, seeds in subjects.items()}
-    return named, [f"{RANDOM}, {next(iter(subjects))}, {SEED}{setting.seed + i}" for i in range(TWINS)]
-
-
-def of_seeds(name: str, values: dict[str, float], n: int, **nulls) -> dict:
-    """A measure whose `trained` is the mean of networks of several seeds; of a single one no error is known."""
-    each = np.array(list(values.values()))
-    error = float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
-    seeds = {key.rpartition(", ")[2]: value for key, value in values.items()}
-    return dict(name=name, trained=float(each.mean()), seeds=seeds, standard_error=error, n=n) | nulls
+    measures = found.accuracies + found.shares
+    return Drawing(sheet.figure, caption, [picture], measures, compared_here.stories, found.tables)
 
 
 def draw_all(ax: Axes, picture: Picture, record: Record, head: int) -> None:
@@ -389,37 +370,23 @@ def draw_all(ax: Axes, picture: Picture, record: Record, head: int) -> None:
         draw_cells(ax, record, queries_of(record, head, g), style.GROUPS[i % len(style.GROUPS)], alpha)
 
 
-def plot_seeds(ax: Axes, measures: Sequence[dict], name: str, scale: float, *, from_zero: bool = False) -> None:
-    """The means of some measures over the columns, with the seeds that they are of."""
-    value, error = (scale * np.array([one[key] or 0 for one in measures]) for key in ("trained", "standard_error"))
-    each = [[scale * seed for seed in one["seeds"].values()] for one in measures]
-    style.series(ax, value, error, name, from_zero=from_zero, each=each)
-
-
 def sweep_caption(
-    subjects: dict[str, list[Subject]],
-    measures: Sequence[dict],
-    paper: Sequence[float],
-    picture: Picture,
-    layer: str,
-    count: int,
+    compared_here: sweep.Sweep, found: sweep.Found, paper: Sequence[float], picture: Picture, layer: str
 ) -> str:
     """The conditions of table 4b, and its differences beside the paper's."""
-    first, *others = measures
+    first, *others = found.accuracies
     differences = []
-    for label, one, said in zip(list(subjects)[1:], others, paper[1:], strict=True):
-        text = f"{label}: {100 * (one['trained'] - first['trained']):+.1f}"
-        errors = [first["standard_error"], one["standard_error"]]
-        if None not in errors:
-            text += f" ± {100 * np.hypot(*errors):.1f}"
+    for label, measure, said in zip(list(compared_here.columns)[1:], others, paper[1:], strict=True):
+        apart, error = sweep.difference(first, measure)
+        text = f"{label}: {100 * apart:+.1f} ± {100 * error:.1f}"
         differences.append(text + ("" if np.isnan(said) else f" (the paper: {said - paper[0]:+.1f})"))
-    seeds = sorted({one.story["seed"] for seeds in subjects.values() for one in seeds})
+    n, count = compared_here.images
     return (
-        f"Networks at {picture.shape[0]} × {picture.shape[1]} of seeds {', '.join(map(str, seeds))}: small dots; large "
-        f"ones their mean, with its standard error. Accuracy: {measures[0]['n']} test images; difference to the first "
-        f"in points: {'; '.join(differences) or 'there is one only'}. NMI: {layer}, of each network the head with the "
-        f"largest on the first {count // 5} of {count} test images, measured on the others. Photographs: "
-        f"{picture.name}, all groups of that head, seed {seeds[0]}: {NEAREST}, the others by size."
+        f"Networks at {picture.shape[0]} × {picture.shape[1]} of seeds {compared_here.seeds}: "
+        f"{sweep.errors_of(compared_here)}. Accuracy: {first.n} test images; difference to the first in points: "
+        f"{'; '.join(differences) or 'there is one only'}. NMI: {layer}, of each network the head with the largest on "
+        f"the first {count // 5} of {count} test images, measured on the others. Photographs: {picture.name}, all "
+        f"groups of that head, seed {compared_here.stories[0]['seed']}: {NEAREST}, the others by size."
     )
 
 
@@ -428,8 +395,7 @@ def sweep_caption(
 
 def of_the_sweep(setting: Setting) -> dict[str, int]:
     """The networks that table 4b measures, and on how many images."""
-    named, twins = networks_of(sweep(), setting)
-    return dict.fromkeys([*(name for seeds in named.values() for name in seeds), *twins], SWEEP_COUNTS[1])
+    return sweep.networks_of(swept())
 
 
 PLANS = {

@@ -1,18 +1,16 @@
-"""What the figures of any paper share: what a figure is, how it measures a share, what its caption says."""
+"""What the figures of any paper share: how they measure a share, what is on their panels, what their captions say."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from torch import nn
 
-from dynattn import weights
 from dynattn.tracing import Record, Trace, trace
 
 from . import style
-from .subjects import RANDOM, SEED, Picture, Setting, Subject, load_subject, squeezed
+from .run import Setting
+from .subjects import RANDOM, SEED, Picture, Subject, squeezed
+from .tables import NONE, OTHER, OWN, Measure, means
 
 NAMES = {
     "points": "points on the object",
@@ -22,65 +20,9 @@ NAMES = {
     "keys": "keys on the object, of queries on it",
     "keys_off": "keys on the object, of queries off it",
     "same": "heads where on it > off it (share)",
+    "distance": "from a query to its keys, in sides of the image",
+    "image": "offsets that depend on the image",
 }
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, the line at its foot, what is on it, what it measured.
-
-    A measure has: name; trained; random, a number for each kind of random network; other, the same under the masks of
-    the other images (None where no mask is asked); n, how many images. It may have: other_seeds, of networks trained
-    alike, or seeds, whose mean `trained` is; standard_error; layer; limit, the most that there could be; window, what a
-    window would give. networks: all that the paper's evaluation found, by network.
-    """
-
-    figure: Figure
-    caption: str
-    pictures: list[Picture]
-    measures: list[dict[str, Any]]
-    weights: list[dict[str, Any]]
-    networks: dict[str, dict] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a figure is made; networks: those that it measures, and on how many images."""
-
-    stem: str
-    title: str
-    draw: Callable[[Setting], Drawing]
-    networks: Callable[[Setting], dict[str, int]]
-    compares: str = ""  # checkpoints whose names begin so, on many images; it is left out where there are none of them
-
-    def subjects(self) -> list[Subject]:
-        """The models that it compares."""
-        names = [name for name in weights.available() if name.startswith(self.compares)]
-        return [load_subject(weights.path(name)) for name in names if self.compares]
-
-    def lacks(self) -> str:
-        """What it needs and does not find; empty where there is nothing."""
-        if not self.compares or any(name.startswith(self.compares) for name in weights.available()):
-            return ""
-        return f"needs checkpoints {self.compares}*.safetensors, and none is found{weights.missing()}"
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What the figures of a paper are made from: plans, by the number of a figure or by the name of a table.
-
-    shipped: the model that is drawn unless another is asked for. kind: of the records that a model must have.
-    evaluate: takes a model, images, masks, labels and bar=, as `evaluate_points` does. twins: random networks like the
-    subject, by names that begin with "random weights"; random: what distinguishes them, in words.
-    """
-
-    name: str
-    shipped: str
-    kind: str
-    evaluate: Callable[..., dict]
-    twins: Callable[[Setting], dict[str, nn.Module]]
-    random: tuple[str, ...]
-    plans: dict[int | str, Plan]
 
 
 def of_the_subject(setting: Setting) -> dict[str, int]:
@@ -92,7 +34,7 @@ def of_the_subject(setting: Setting) -> dict[str, int]:
 
 def of_layers(setting: Setting) -> dict[str, int]:
     """Those of a figure whose layers are chosen by what they measure."""
-    measured = setting.subject.knows_shapes and not setting.recorded(setting.subject)
+    measured = setting.subject.knows_shapes and setting.recorded(setting.subject) is None
     chosen = {setting.subject.name: setting.count} if measured else {}
     return of_the_subject(setting) | chosen
 
@@ -122,63 +64,63 @@ def size_of(record: Record) -> str:
     return "{} × {} map".format(*record.query_shape)
 
 
-def share(
-    kind: str, networks: dict[str, dict], trained: str, label: str = "", layer: str | None = None
-) -> dict[str, Any]:
-    """A share on the object as a measure: of a layer, or of the whole network."""
-    values = {key: one if layer is None else one["layers"][layer] for key, one in networks.items()}
-    own = values[trained]
-    seeds = {key: value[kind] for key, value in values.items() if key.startswith(SEED)}
-    return {
-        "name": NAMES[kind] + (label and f", {label}"),
-        "trained": own[kind],
-        **({"other_seeds": seeds} if seeds else {}),
-        "random": {key: value[kind] for key, value in values.items() if RANDOM in key},
-        "other": own[f"{kind}_other"],
-        "standard_error": own[f"{kind}_se"],
-        "layer": layer,
-        "n": networks[trained]["n"],
-    }
+def share(kind: str, table: pd.DataFrame, trained: str, label: str = "", **about) -> Measure:
+    """The mean of a kind of measure over images, in the places that the table holds of each network.
+
+    trained: the network that is drawn; others are seeds or random by their names. about: other fields of the measure.
+    """
+    found = means(table, kind)
+    mask = OWN if (trained, OWN) in found.index else NONE
+    values = found.value.xs(mask, level="mask")
+    return Measure(
+        name=NAMES[kind] + (label and f", {label}"),
+        trained=float(values[trained]),
+        random={network: float(value) for network, value in values.items() if RANDOM in network},
+        n=int(found.n[trained, mask]),
+        other=float(found.value[trained, OTHER]) if mask == OWN else None,
+        standard_error=float(found.standard_error[trained, mask]),
+        seeds={network: float(value) for network, value in values.items() if network.startswith(SEED)},
+        **about,
+    )
 
 
-def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subject: Subject | None = None) -> dict:
+def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subject: Subject | None = None) -> Measure:
     """A measure that needs no mask, on the user's photograph."""
     networks = {RANDOM: setting.twin(subject)} if subject else setting.twins
-    return {
-        "name": name,
-        "trained": value(trace((subject or setting.subject).model, setting.own.x)),
-        "random": {key: value(trace(network, setting.own.x)) for key, network in networks.items()},
-        "other": None,
-        "n": 1,
-    }
+    return Measure(
+        name=name,
+        trained=value(trace((subject or setting.subject).model, setting.own.x)),
+        random={key: value(trace(network, setting.own.x)) for key, network in networks.items()},
+        n=1,
+    )
 
 
-def compared(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The measures that have nulls beside random weights, to be drawn beside them."""
-    return [one for one in measures if one["other"] is not None or "window" in one]
+def compared(measures: Sequence[Measure]) -> list[Measure]:
+    """The measures to be drawn beside their nulls: not those of one photograph that have random weights alone."""
+    return [measure for measure in measures if measure.n > 1 or len(measure.nulls) > len(measure.random)]
 
 
 def conditions(
-    setting: Setting, pictures: Sequence[Picture], measures: Sequence[dict], measured: str = "shares, "
+    setting: Setting, pictures: Sequence[Picture], measures: Sequence[Measure], measured: str = "shares, "
 ) -> str:
     """Weights, images, size, seeds, as the end of a caption; without masks what was measured, too."""
     story, (H, W) = setting.subject.story, pictures[0].shape
     made = ", ".join(f"{key} {story[key]}" for key in ("seed", "steps") if key in story)
     text = f"Weights: {story['file']}{made and f' ({made})'} at {H} × {W}; random weights: seed {setting.seed}. "
-    several = f"; random weights {' and '.join(setting.paper.random)}" * (len(measures[0]["random"]) > 1)
+    several = f"; random weights {' and '.join(setting.paper.random)}" * (len(measures[0].random) > 1)
     if setting.image is not None:
-        values = [f"{one['name']} {one['trained']:.2f} ({at_random(one)})" for one in measures]
+        values = [f"{measure.name} {measure.trained:.2f} ({at_random(measure)})" for measure in measures]
         text += f"{pictures[0].name}, of which there is no mask: {'; '.join(values)}{several}."
         return text + (f" {shape}." if (shape := squeezed(pictures[0])) else "")
-    known = [one.name.removeprefix("test image ") for one in pictures if one.mask is not None]
-    unknown = [one.name for one in pictures if one.mask is None]
+    known = [picture.name.removeprefix("test image ") for picture in pictures if picture.mask is not None]
+    unknown = [picture.name for picture in pictures if picture.mask is None]
     text += f"Test images {', '.join(known)}. "
     if unknown:
         kind = "Unlike what it was trained on, not measured" if setting.subject.knows_shapes else "Not measured"
         text += f"{kind}: {' and '.join(unknown)}. "
-    return text + f"Measures: {measured}means over {measures[0]['n']} test images{several}."
+    return text + f"Measures: {measured}means over {measures[0].n} test images{several}."
 
 
-def at_random(one: dict[str, Any]) -> str:
+def at_random(measure: Measure) -> str:
     """What random weights gave, in words."""
-    return f"{RANDOM} {' / '.join(format(value, '.2f') for value in one['random'].values())}"
+    return f"{RANDOM} {' / '.join(format(value, '.2f') for value in measure.random.values())}"

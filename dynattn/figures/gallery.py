@@ -5,7 +5,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,15 +15,13 @@ from dynattn import __version__
 from dynattn.weights import replace
 
 from .noise import alike, alike_pictures, rounded
-
-if TYPE_CHECKING:
-    from .drawing import Drawing, Paper, Plan
-    from .subjects import Setting
+from .run import Drawing, Paper, Plan, Setting
+from .tables import Measure, as_json, records, summary
 
 CONDITIONS, README = "conditions.json", "README.md"
 
 
-def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setting: "Setting") -> dict[str, Any]:
+def entry(paper: str, number: int | str, plan: Plan, drawing: Drawing, setting: Setting) -> dict[str, Any]:
     """All that there is to know about a figure, or about a table that is drawn."""
     return {
         "paper": paper,
@@ -36,8 +34,8 @@ def entry(paper: str, number: int | str, plan: "Plan", drawing: "Drawing", setti
         "images": [picture.name for picture in drawing.pictures],
         "image_size": list(drawing.pictures[0].shape),
         "seed_of_random_weights": setting.seed,
-        "measures": drawing.measures,
-        "networks": drawing.networks,
+        "measures": [measure.entry() for measure in drawing.measures],
+        "networks": {name: records(summary(table)) for name, table in drawing.networks.items()},
         "versions": {"python": platform.python_version(), "dynattn": __version__}
         | {name: version(name) for name in ("torch", "timm", "numpy", "matplotlib")},
     }
@@ -58,7 +56,7 @@ def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
         replace(out / new["file"], picture)
         there[key(new)] = new
     entries = [there[one] for one in sorted(there)]
-    replace(out / CONDITIONS, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+    replace(out / CONDITIONS, as_json(entries).encode())
     replace(out / README, readme(entries).encode())
 
 
@@ -89,12 +87,24 @@ def unchanged(out: Path, old: dict[str, Any] | None, new: dict[str, Any], pictur
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The entries of a folder; none where there is no such file, or another one of that name."""
+    """The entries of a folder; none where there is no such file, or another one of that name.
+
+    An entry of another form, which an older version wrote, is left out.
+    """
     try:
         entries = json.loads((out / CONDITIONS).read_text(encoding="utf-8"))
-        return [one for one in entries if {"paper", "figure", "file"} <= set(one)]
+        entries = [entry for entry in entries if {"paper", "figure", "file", "measures"} <= set(entry)]
+        return [entry for entry in entries if all(readable(measure) for measure in entry["measures"])]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def readable(measure: dict[str, Any]) -> bool:
+    """Whether a measure has the form of today."""
+    try:
+        return bool(Measure.read(measure))
+    except TypeError:
+        return False
 
 
 def readme(entries: list[dict[str, Any]]) -> str:
@@ -106,35 +116,36 @@ def readme(entries: list[dict[str, Any]]) -> str:
             parts.append(f"## {papers[i]}\n")
         parts.append(f"### {one['title']}\n\n![{one['title']}]({one['file']})\n\n{one['caption']}\n")
         rows = ["| measure | trained | random weights | another image's mask |", "| --- | --- | --- | --- |"]
-        rows += ["| " + " | ".join(cells(measure)) + " |" for measure in one["measures"]]
+        rows += ["| " + " | ".join(cells(Measure.read(measure))) + " |" for measure in one["measures"]]
         parts.append("\n".join(rows) + "\n")
         commands = {w["file"]: w.get("command") for w in one["weights"]}
         parts += [f"`{file}` was made by `{command}`.\n" for file, command in commands.items() if command]
     return "\n".join(parts)
 
 
-def cells(measure: dict[str, Any]) -> list[str]:
+def cells(measure: Measure) -> list[str]:
     """A measure as the cells of a table."""
-    random = " / ".join(format(value, ".3g") for value in measure["random"].values())
-    other = "" if measure["other"] is None else format(measure["other"], ".3g")
-    if measure["n"] == 1:
+    random = " / ".join(format(value, ".3g") for value in measure.random.values())
+    other = "" if measure.other is None else format(measure.other, ".3g")
+    if measure.n == 1:
         other = "no mask"
-    elif "window" in measure:
-        other = f"a window: {measure['window']:.3g}"
-    seeds = measure.get("other_seeds") or measure.get("seeds", {})
-    trained = format(measure["trained"], ".3g")
-    if seeds:
-        trained += f" ({', '.join(seeds)}: {', '.join(format(value, '.3g') for value in seeds.values())})"
-    return [measure["name"], trained, random, other]
+    elif measure.window is not None:
+        other = f"a window: {measure.window:.3g}"
+    trained = format(measure.trained, ".3g")
+    if measure.seeds:
+        values = (format(value, ".3g") for value in measure.seeds.values())
+        trained += f" ({', '.join(measure.seeds)}: {', '.join(values)})"
+    return [measure.name, trained, random, other]
 
 
-def table(entries: list[dict[str, Any]], out: Path, paper: "Paper") -> str:
+def table(entries: list[dict[str, Any]], out: Path, paper: Paper) -> str:
     """What all figures measured, in columns, and where the pictures lie."""
     rows = [["figure", "measure", "trained", "random weights", "another image's mask"]]
-    rows += [[str(one["figure"]), *cells(measure)] for one in entries for measure in one["measures"]]
+    measures = [(str(entry["figure"]), Measure.read(one)) for entry in entries for one in entry["measures"]]
+    rows += [[figure, *cells(measure)] for figure, measure in measures]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    if any(len(measure["random"]) > 1 for one in entries for measure in one["measures"]):
+    if any(len(measure.random) > 1 for _, measure in measures):
         lines.append("random weights: " + " / ".join(paper.random))
-    return "\n".join(["", *lines, "", *(str(out / one["file"]) for one in entries), str(out / README)])
+    return "\n".join(["", *lines, "", *(str(out / entry["file"]) for entry in entries), str(out / README)])

@@ -9,9 +9,10 @@ Groups of queries are held against the object by their normalised mutual informa
 masks of the other images, one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from dynattn.data import normalise
 from dynattn.tracing import Record, Trace, overlap, spread, trace
+
+from .tables import ALL, NETWORK, NONE, OTHER, OWN, Row, table_of
 
 # ------------------------------------------------------------------------------------------------------- of one record
 
@@ -206,33 +209,35 @@ def others(masks: Bool[Tensor, "n H W"], i: int) -> Float[Tensor, "H W"]:
     return (masks.float().sum(dim=0) - masks[i].float()) / (len(masks) - 1)
 
 
-def measure_image(
-    t: Trace, records: Sequence[Record], mask: Float[Tensor, "H W"], other: Float[Tensor, "H W"]
-) -> dict[tuple[str, str], float]:
-    """All measures of one image by (layer, measure); layer "" stands for the network: the mean over its layers."""
-    values = {}
-    for record in records:
-        shares = {"attention": attention_share}
-        if is_deformable(record):
-            shares |= {"points": points_share, "references": references_share}
-            values[record.name, "move"] = move(record)
-        for measure, share in shares.items():
-            values[record.name, measure] = share(record, mask)
-            values[record.name, measure + "_other"] = share(record, other)
-    if t.of_kind("deformable"):
-        scores = propagate(t)
-        values["", "propagated"] = propagated_share(t, scores, mask)
-        values["", "propagated_other"] = propagated_share(t, scores, other)
-    for measure in {measure for _, measure in values} - {"propagated", "propagated_other"}:
-        values["", measure] = float(np.mean([value for (_, kind), value in values.items() if kind == measure]))
-    return values
+def evaluate(
+    model: nn.Module,
+    images: UInt8[np.ndarray, "n 3 H W"],
+    masks: Bool[np.ndarray, "n H W"],
+    labels: Int[np.ndarray, " n"] | None,
+    measure: Callable[[Trace, Bool[Tensor, "n H W"], int], Iterator[Row]],
+    least: int = 2,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """What `measure` yields for each image, as a table (see `tables`), with "area" and, with labels, "accuracy".
 
-
-def as_tensors(images: np.ndarray, masks: np.ndarray, least: int) -> tuple[Tensor, Tensor]:
-    """Images and masks as tensors; raises ValueError unless they fit together and are at least so many."""
+    measure: takes a trace of the i-th image, the masks of all images, and i. "area": the share of an image that the
+    object covers. least: how many images there must be. bar: gets an update for each image.
+    Raises ValueError where images and masks do not fit together.
+    """
     if len(images) != len(masks) or len(images) < least or images.shape[-2:] != masks.shape[-2:]:
         raise ValueError(f"masks: expected one for each of at least {least} images {images.shape}, got {masks.shape}")
-    return torch.from_numpy(np.array(images)), torch.from_numpy(np.array(masks))
+    images, masks = (torch.from_numpy(np.array(part)) for part in (images, masks))
+
+    def rows_of(i: int) -> Iterator[Row]:
+        t = trace(model, normalise(images[i]))
+        yield from measure(t, masks, i)
+        yield Row(NETWORK, ALL, OWN, "area", float(masks[i].float().mean()))
+        if labels is not None:
+            yield Row(NETWORK, ALL, NONE, "accuracy", float(int(t.logits.argmax()) == int(labels[i])))
+        if bar is not None:
+            bar.update()
+
+    return table_of(rows_of(i) for i in range(len(images)))
 
 
 def evaluate_points(
@@ -243,69 +248,37 @@ def evaluate_points(
     *,
     layers: Sequence[str] | None = None,
     bar: tqdm | None = None,
-) -> dict:
-    """How well the layers of a model find the object, over a set of images with masks.
+) -> pd.DataFrame:
+    """How well the layers of a model find the object: a row for each layer and image, all heads together.
 
-    layers: names, or None for all deformable ones. bar: gets an update for each image. Returns
+    layers: names, or None for all deformable ones. The kinds are
 
-        n, area        how many images; the mean share of an image that the object covers
-        accuracy       with `labels`
-        propagated     share of figure 5's scores on the object (where there are deformable layers)
-        attention, points, references, move    means over the layers; the last three of deformable layers only
-        layers         the same of each layer, by name
-        best           the name of the layer with the largest points_ratio (attention_ratio, where there are no points)
+        attention      share of attention on the object
+        points         share of the deformed points on it     (these and the next two of deformable layers only)
+        references     share of the grid that the points start from
+        move           mean distance of a point from its reference, in pixels; needs no mask
+        propagated     share of figure 5's scores on the object, of the whole network (where layers are deformable)
+        area, accuracy as `evaluate` has them
 
-    and with every share X: X_other, the same under the masks of the other images; X_ratio, own / other; X_se, the
-    standard error of its mean over the images.
     Raises ValueError where images and masks do not fit together, KeyError for a layer that is not there.
     """
-    images, masks = as_tensors(images, masks, 2)
-    rows, correct = [], 0
-    for i in range(len(images)):
-        t = trace(model, normalise(images[i]))
-        records = [t[name] for name in layers] if layers is not None else t.of_kind("deformable")
-        rows.append(measure_image(t, records, masks[i].float(), others(masks, i)))
-        correct += labels is not None and int(t.logits.argmax()) == int(labels[i])
-        if bar is not None:
-            bar.update()
 
-    result: dict = {"n": len(images), "area": float(masks.float().mean()), "layers": {}}
-    if labels is not None:
-        result["accuracy"] = correct / len(images)
-    for name, measure in rows[0]:
-        place = result["layers"].setdefault(name, {}) if name else result
-        values = np.array([row[name, measure] for row in rows])
-        place[measure] = float(values.mean())
-        if (name, measure + "_other") in rows[0]:
-            place[measure + "_se"] = float(values.std(ddof=1) / len(values) ** 0.5)
-            other = float(np.mean([row[name, measure + "_other"] for row in rows]))
-            place[measure + "_ratio"] = place[measure] / max(other, 1e-9)
-    ratios = {name: layer.get("points_ratio", layer["attention_ratio"]) for name, layer in result["layers"].items()}
-    if ratios:
-        result["best"] = max(ratios, key=ratios.get)
-    return result
+    def measure(t: Trace, masks: Bool[Tensor, "n H W"], i: int) -> Iterator[Row]:
+        nulls = {OWN: masks[i].float(), OTHER: others(masks, i)}
+        for record in [t[name] for name in layers] if layers is not None else t.of_kind("deformable"):
+            shares = {"attention": attention_share}
+            if is_deformable(record):
+                shares |= {"points": points_share, "references": references_share}
+                yield Row(record.name, ALL, NONE, "move", move(record))
+            for kind, share in shares.items():
+                for mask, where in nulls.items():
+                    yield Row(record.name, ALL, mask, kind, share(record, where))
+        if t.of_kind("deformable"):
+            scores = propagate(t)
+            for mask, where in nulls.items():
+                yield Row(NETWORK, ALL, mask, "propagated", propagated_share(t, scores, where))
 
-
-def measure_groups(record: Record, masks: Bool[Tensor, "n L"], i: int) -> dict[str, list[float]]:
-    """All measures of a layer's groups in the i-th image, head by head; masks: of all images, on the layer's map."""
-    other = torch.arange(len(masks)) != i
-    limit = min(1.0, int(masks[i].sum()) / record.selected.shape[-1])
-    heads = []
-    for groups, selected in zip(record.groups, record.selected, strict=True):
-        nmi, (keys, keys_off) = mutual_information(groups, masks), keys_shares(groups, selected, masks)
-        heads.append(
-            {
-                "nmi": float(nmi[i]),
-                "nmi_other": float(nmi[other].mean()),
-                "keys": float(keys[i]),
-                "keys_other": float(keys[other].nanmean()),
-                "keys_off": float(keys_off[i]),
-                "keys_off_other": float(keys_off[other].nanmean()),
-                "keys_limit": limit,
-                "groups": float(entropy(torch.bincount(groups).double()).exp()),
-            }
-        )
-    return {kind: [head[kind] for head in heads] for kind in heads[0]} | {"distance": distances(record)}
+    return evaluate(model, images, masks, labels, measure, bar=bar)
 
 
 def evaluate_groups(
@@ -316,65 +289,62 @@ def evaluate_groups(
     *,
     choice: int | None = None,
     bar: tqdm | None = None,
-) -> dict:
-    """How well the groups of a model's dynamic group layers tell where the object is, over a set of images with masks.
+) -> pd.DataFrame:
+    """How well the groups of dynamic group layers tell where the object is: a row for each layer, head and image.
 
-    choice: the first so many images (None: a fifth) choose heads; only the others are measured. bar: gets an update for
-    each image. Returns
+    choice: the first so many images (None: a fifth) choose heads; only the others are measured. The kinds are
 
-        n, choice      how many images are measured, and how many choose
-        area           the mean share of an image that the object covers
-        accuracy       with `labels`
-        chosen         {rule: [layer, head]}: "nmi", where it is largest; "keys", where `keys` exceeds `keys_off` most,
-                       as the paper describes it
-        layers         by name: `chosen`, {rule: head} within the layer, and with a value for every head
-            nmi            normalised mutual information of groups and object (cells covered by more than half)
-            keys           share of the selected keys that lie on the object, mean over the queries on the object
-            keys_off       the same over the queries that are not
-            keys_limit     the most that `keys` could be: where there are more keys than cells of the object
-            distance       mean distance from a query to its keys, in sides of the image
-            groups         number of groups of the same size that would be as uneven: e to the entropy
+        nmi            normalised mutual information of groups and object (cells covered by more than half)
+        keys           share of the selected keys that lie on the object, mean over the queries on the object
+        keys_off       the same over the queries that are not; these two are not a number where there are no such
+        keys_limit     the most that `keys` could be: where there are more keys than cells of the object
+        distance       mean distance from a query to its keys, in sides of the image
+        groups         number of groups of the same size that would be as uneven: e to the entropy
+        choose_nmi, choose_keys    of the images that choose, instead of these: `nmi`, and `keys` minus `keys_off`
+        area, accuracy as `evaluate` has them
 
-    and X_other, the mean of X under the masks of the other images, X_se, the standard error of its mean over images.
     Raises ValueError where images and masks do not fit together, for a wrong choice, or a model without such layers.
     """
-    images, masks = as_tensors(images, masks, 3)
     choice = max(1, len(images) // 5) if choice is None else choice
-    if not 0 < choice < len(images) - 1:
+    if len(images) >= 3 and not 0 < choice < len(images) - 1:
         raise ValueError(f"choice: expected 1 to {len(images) - 2} of {len(images)} images, got {choice}")
-    on_maps, rows, correct = {}, [], 0
-    for i in range(len(images)):
-        t = trace(model, normalise(images[i]))
-        records = t.of_kind("dynamic_group")
-        if not records:
+    on_maps: dict[tuple[int, int], Bool[Tensor, "n L"]] = {}
+
+    def measure(t: Trace, masks: Bool[Tensor, "n H W"], i: int) -> Iterator[Row]:
+        if not t.of_kind("dynamic_group"):
             raise ValueError(f"model: expected one with dynamic group layers, got {type(model).__name__}")
-        row = {}
-        for record in records:
+        for record in t.of_kind("dynamic_group"):
             if record.query_shape not in on_maps:
                 on_maps[record.query_shape] = on_map(record, masks)
-            row[record.name] = measure_groups(record, on_maps[record.query_shape], i)
-        rows.append(row)
-        correct += i >= choice and labels is not None and int(t.logits.argmax()) == int(labels[i])
-        if bar is not None:
-            bar.update()
+            found = measure_groups(record, on_maps[record.query_shape], i)
+            yield from choosing(found) if i < choice else found
 
-    n = len(images) - choice
-    result: dict = {"n": n, "choice": choice, "area": float(masks[choice:].float().mean()), "layers": {}}
-    if labels is not None:
-        result["accuracy"] = correct / n
-    fit = {}
-    for name, measures in rows[0].items():
-        values = {kind: np.array([row[name][kind] for row in rows]) for kind in measures}  # (images, heads)
-        rules = {"nmi": values["nmi"], "keys": values["keys"] - values["keys_off"]}
-        fit[name] = {rule: np.nanmean(value[:choice], axis=0) for rule, value in rules.items()}
-        layer = {kind: np.nanmean(value[choice:], axis=0).tolist() for kind, value in values.items()}
-        for kind in ("nmi", "keys", "keys_off"):
-            counted = np.isfinite(values[kind][choice:]).sum(axis=0)
-            layer[f"{kind}_se"] = (np.nanstd(values[kind][choice:], axis=0, ddof=1) / counted**0.5).tolist()
-        result["layers"][name] = layer | {"chosen": {rule: int(value.argmax()) for rule, value in fit[name].items()}}
-    best = {rule: max(fit, key=lambda name, rule=rule: fit[name][rule].max()) for rule in ("nmi", "keys")}
-    result["chosen"] = {rule: [name, result["layers"][name]["chosen"][rule]] for rule, name in best.items()}
-    return result
+    return evaluate(model, images, masks, labels, measure, least=3, bar=bar)
+
+
+def measure_groups(record: Record, masks: Bool[Tensor, "n L"], i: int) -> list[Row]:
+    """All measures of a layer's groups in the i-th image, head by head; masks: of all images, on the layer's map."""
+    other = torch.arange(len(masks)) != i
+    limit = min(1.0, int(masks[i].sum()) / record.selected.shape[-1])
+    rows = []
+    for head, (groups, selected, far) in enumerate(zip(record.groups, record.selected, distances(record), strict=True)):
+        keys, keys_off = keys_shares(groups, selected, masks)
+        for kind, values in {"nmi": mutual_information(groups, masks), "keys": keys, "keys_off": keys_off}.items():
+            rows.append(Row(record.name, head, OWN, kind, float(values[i])))
+            rows.append(Row(record.name, head, OTHER, kind, float(values[other].nanmean())))
+        rows.append(Row(record.name, head, OWN, "keys_limit", limit))
+        rows.append(Row(record.name, head, NONE, "groups", float(entropy(torch.bincount(groups).double()).exp())))
+        rows.append(Row(record.name, head, NONE, "distance", far))
+    return rows
+
+
+def choosing(rows: Sequence[Row]) -> Iterator[Row]:
+    """What an image that chooses tells of the heads, from what would be measured of it."""
+    own = {(row.layer, row.head, row.kind): row.value for row in rows if row.mask == OWN}
+    for layer, head, kind in own:
+        if kind == "nmi":
+            yield Row(layer, head, OWN, "choose_nmi", own[layer, head, "nmi"])
+            yield Row(layer, head, OWN, "choose_keys", own[layer, head, "keys"] - own[layer, head, "keys_off"])
 
 
 def image_share(offsets: Float[Tensor, "images *points 2"]) -> tuple[float, float]:
@@ -383,8 +353,9 @@ def image_share(offsets: Float[Tensor, "images *points 2"]) -> tuple[float, floa
     offsets: of the same layer for several images, (images, groups, N, 2), in any unit. Of the mean squared length:
     first the share that is left when every point's mean over the images is taken away, from 0 (the same points for
     every image) to 1; then the share of a single mean move of each group, the same for all of its points and images.
+    Both are 0 where nothing moves.
     """
     total = offsets.square().sum(dim=-1).mean()
     same = offsets.mean(dim=0).square().sum(dim=-1).mean()
     shift = offsets.mean(dim=(0, -2)).square().sum(dim=-1).mean()
-    return float(1 - same / total), float(shift / total)
+    return (float(1 - same / total), float(shift / total)) if total else (0.0, 0.0)

@@ -8,10 +8,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from dynattn import weights
 
+from .tables import as_json, from_records
+
 FILE = Path(__file__).with_name("recorded.json")
-NETWORKS = {("dat", 7, "dat_mini"): "dat_mini", ("dat", 7, "Swin"): "swin_mini", ("dgt", 3, "dgt_mini"): "dgt_mini"}
 
 
 def fingerprint(name: str) -> str:
@@ -19,19 +22,20 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256(weights.path(name).read_bytes()).hexdigest()
 
 
-def measured(name: str) -> dict | None:
-    """The evaluation of a shipped model on the test images; None where this checkpoint has none."""
+def names() -> list[str]:
+    """The models of which something is recorded."""
+    return list(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def measured(name: str) -> pd.DataFrame | None:
+    """The summary of a shipped model on the test images; None where this checkpoint has none."""
     found = json.loads(FILE.read_text(encoding="utf-8")).get(name)
-    return found["evaluation"] if found and found["sha256"] == fingerprint(name) else None
+    return from_records(found["summary"]) if found and found["sha256"] == fingerprint(name) else None
 
 
 def record(conditions: str | Path) -> None:
-    """Copy the evaluations of the shipped models from the gallery's conditions.json."""
-    entries = {
-        (one["paper"], one["figure"]): one["networks"] for one in json.loads(Path(conditions).read_text("utf-8"))
-    }
-    found = {
-        name: {"sha256": fingerprint(name), "evaluation": entries[paper, figure][network]}
-        for (paper, figure, network), name in NETWORKS.items()
-    }
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Copy the summaries of the shipped models from the gallery's conditions.json."""
+    entries = json.loads(Path(conditions).read_text(encoding="utf-8"))
+    found = {name: rows for entry in entries for name, rows in entry["networks"].items() if name in weights.shipped()}
+    known = {name: {"sha256": fingerprint(name), "summary": rows} for name, rows in sorted(found.items())}
+    FILE.write_text(as_json(known), encoding="utf-8")

@@ -7,7 +7,6 @@ that it stands out from any photograph. Sizes are in inches and points of a shee
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -19,6 +18,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+
+from .tables import Measure
 
 ORANGE, BLUE, RED, INK, GREY, PAPER = "#F28E00", "#38A8F0", "#E8112D", "#222222", "#555555", "white"
 GREEN, YELLOW, PURPLE, NAVY, RUST = "#00B07C", "#F0E442", "#CC79A7", "#0072B2", "#A8480A"
@@ -44,7 +45,7 @@ def sheet(
     columns: int,
     title: str,
     caption: str,
-    measures: Sequence[dict[str, Any]] = (),
+    measures: Sequence[Measure] = (),
     *,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
@@ -105,7 +106,7 @@ def sheet(
     return Sheet(figure, panels, lower, 1 - (key_at + 0.5 * KEY - 0.03) / height)
 
 
-def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
+def compare(ax: Axes, measures: Sequence[Measure]) -> None:
     """Each measure on a line from 0 to 1: trained, beside random weights and another image's mask."""
     kinds = {
         "trained": dict(marker="o", markersize=11, color=ORANGE, markeredgecolor=INK, zorder=5),
@@ -116,20 +117,21 @@ def compare(ax: Axes, measures: Sequence[dict[str, Any]]) -> None:
         "most possible": dict(marker="|", markersize=15, color=INK, markeredgewidth=2, zorder=4),
     }
     rows, marks = np.arange(len(measures))[::-1], {}
-    for row, one in zip(rows, measures, strict=True):
-        seeds, random = (list(one.get(key, {}).values()) for key in ("other_seeds", "random"))
-        other, window, limit = ([one[key]] if one.get(key) is not None else [] for key in ("other", "window", "limit"))
-        values = dict(zip(kinds, ([one["trained"]], seeds, random, other, window, limit), strict=True))
+    for row, measure in zip(rows, measures, strict=True):
+        several = [[measure.trained], measure.seeds.values(), measure.random.values()]
+        single = [[] if value is None else [value] for value in (measure.other, measure.window, measure.limit)]
+        values = dict(zip(kinds, several + single, strict=True))
         ax.plot([0, 1], [row, row], color="#DDDDDD", linewidth=1, zorder=1)
-        nearest = min([*random, *other, *window], key=lambda value: abs(value - one["trained"]))
-        ax.plot([nearest, one["trained"]], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2)
+        nearest = min(measure.nulls, key=lambda value: abs(value - measure.trained))
+        ax.plot([nearest, measure.trained], [row, row], color=ORANGE, linewidth=3, alpha=0.5, zorder=2)
         for kind, numbers in values.items():
             if numbers:
-                (marks[kind],) = ax.plot(numbers, [row] * len(numbers), linestyle="none", **kinds[kind])
+                place = dict(linestyle="none", clip_on=False)
+                (marks[kind],) = ax.plot(list(numbers), [row] * len(numbers), **place, **kinds[kind])
         place = dict(textcoords="offset points", va="center_baseline", fontsize=SMALL + 1, color=INK, weight="bold")
-        ax.annotate(f"{one['trained']:.2f}", (1, row), (8, 0), **place)
+        ax.annotate(f"{measure.trained:.2f}", (1, row), (8, 0), **place)
     ax.set(xlim=(0, 1), ylim=(-0.6, len(measures) - 0.4))
-    ax.set_yticks(rows, [one["name"] for one in measures], fontsize=SMALL + 1, color=INK)
+    ax.set_yticks(rows, [measure.name for measure in measures], fontsize=SMALL + 1, color=INK)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"], fontsize=SMALL, color=GREY)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

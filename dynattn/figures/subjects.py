@@ -1,32 +1,22 @@
 """What is drawn: a model with the story of its weights, and pictures with what the model sees of them."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dynattn import create_model, weights
-from dynattn.data import CLASSES, Shapes, cached, credits, normalise, photograph, read_image, to_input
+from dynattn.data import CLASSES, Shapes, credits, normalise, photograph, read_image, to_input
 from dynattn.models.registry import check_name
 from dynattn.official import model_from
-from dynattn.tracing import trace
-
-from . import recorded
-
-if TYPE_CHECKING:
-    from .drawing import Paper
 
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
-FEW = 64  # of them, for the statistics of random networks
 RANDOM, SEED = "random weights", "seed "
 CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
@@ -73,10 +63,10 @@ def load_subject(file: str | Path | None = None, name: str | None = None) -> Sub
     if file.suffix == ".safetensors":
         story = weights.read(file)[1]
         arguments = story["arguments"]
-        kept = ("command", "seed", "steps", "accuracy", "classes")
     else:
-        story, kept, arguments = {}, (), {"num_classes": model.num_classes, "img_size": model.img_size}
-    story = {"file": file.name, "model": found} | {key: story[key] for key in kept if key in story}
+        story, arguments = {}, {"num_classes": model.num_classes, "img_size": model.img_size}
+    told = ("command", "seed", "steps", "accuracy", "classes")
+    story = {"file": file.name, "model": found} | {key: story[key] for key in told if key in story}
     return Subject(model, found, arguments, story, own)
 
 
@@ -110,6 +100,11 @@ class Picture:
     def shape(self) -> tuple[int, int]:
         """(H, W) of what the model sees."""
         return tuple(self.x.shape[-2:])
+
+
+def test_split(side: int, large: int) -> Shapes:
+    """The test images at a size; of images larger than 128 pixels the first `large`."""
+    return Shapes("easy", "test", side, TEST_COUNT if side <= 128 else large)
 
 
 def test_picture(index: int, size: tuple[int, int]) -> Picture:
@@ -147,94 +142,3 @@ def squeezed(picture: Picture) -> str:
         return ""
     side, by = ("width", ratio) if ratio > 1 else ("height", 1 / ratio)
     return f"The model sees the whole photograph at {H} × {W}, its {side} squeezed by {by:.2f}"
-
-
-@dataclass
-class Setting:
-    """All that the figures of one run share; a network is measured once, when a figure first asks for it."""
-
-    paper: "Paper"
-    subject: Subject
-    image: Any = None
-    seed: int = 0
-    progress: bool = True
-    bar: tqdm | None = None
-    measured: dict[str, dict] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """How many test images are measured: fewer of large ones."""
-        return 250 if max(self.subject.size) <= 128 else 40
-
-    @cached_property
-    def test_set(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, labels and masks of the test split at the model's size."""
-        side = max(self.subject.size)
-        return cached(Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count), progress=self.progress)
-
-    @cached_property
-    def own(self) -> Picture | None:
-        """The user's photograph, if there is one."""
-        return None if self.image is None else own_picture(self.image, self.subject.size)
-
-    def pictures(self, indices: Sequence[int], samples: Sequence[str] = ()) -> list[Picture]:
-        """The user's photograph alone, else test images and sample photographs."""
-        if self.own:
-            return [self.own]
-        size = self.subject.size
-        return [test_picture(i, size) for i in indices] + [sample_picture(name, size) for name in samples]
-
-    @cached_property
-    def few(self) -> UInt8[np.ndarray, "n 3 H W"]:
-        """The first test images, for the statistics of random networks; beside a photograph no more are made."""
-        if self.image is None:
-            return self.test_set[0][:FEW]
-        side = max(self.subject.size)
-        images = Shapes("easy", "test", side, TEST_COUNT if side <= 128 else self.count)
-        return np.stack([images[i][0].numpy() for i in range(min(FEW, len(images)))])
-
-    def twin(self, subject: Subject, **changes) -> nn.Module:
-        """A random network like `subject`."""
-        return random_twin(subject, self.seed, self.few, **changes)
-
-    def recorded(self, subject: Subject) -> dict | None:
-        """What is known of a shipped network without measuring it again, beside a photograph of one's own."""
-        return recorded.measured(subject.name) if self.image is not None and subject.shipped else None
-
-    @cached_property
-    def twins(self) -> dict[str, nn.Module]:
-        """Random networks like the subject."""
-        return self.paper.twins(self)
-
-    def check(self) -> None:
-        """Raise unless the image can be read and the model has layers of the paper's kind."""
-        x = self.own.x if self.own else torch.zeros(3, *self.subject.size)
-        if not trace(self.subject.model, x).of_kind(self.paper.kind):
-            kind = self.paper.kind.replace("_", " ")
-            advice = "another paper's figures are drawn with paper=... (--paper)"
-            raise ValueError(f"weights: expected a model with {kind} layers, got {self.subject.name}; {advice}")
-
-    def evaluation(self, network: str, model: nn.Module, count: int | None = None, **options) -> dict:
-        """The paper's evaluation of a network on the first `count` test images, once for each name of a network."""
-        if network not in self.measured:
-            images, labels, masks = (part[: count or self.count] for part in self.test_set)
-            if self.bar is not None:
-                self.bar.set_description(network)
-            self.measured[network] = self.paper.evaluate(model, images, masks, labels, bar=self.bar, **options)
-        return self.measured[network]
-
-    @cached_property
-    def other_seeds(self) -> dict[str, nn.Module]:
-        """The networks that ship beside the subject's, trained as it was from other seeds."""
-        names = [name for name in weights.available() if name.startswith(f"{self.subject.name}_seed")]
-        found = [load_subject(weights.path(name)) for name in names if self.subject.shipped]
-        return {f"{SEED}{one.story['seed']}": one.model for one in found}
-
-    def trained(self) -> dict:
-        """The evaluation of the subject itself."""
-        return self.recorded(self.subject) or self.evaluation(self.subject.name, self.subject.model)
-
-    def evaluations(self) -> dict[str, dict]:
-        """Those of the subject, under its name, of other seeds, and of its random twins."""
-        networks = {self.subject.name: self.subject.model} | self.other_seeds | self.twins
-        return {network: self.evaluation(network, model) for network, model in networks.items()}

@@ -59,8 +59,11 @@ def layers() -> list[tuple[str, str]]:
 
 
 def question() -> Lens:
-    """One query in the background: what it reads in a dense, a window and a deformable layer."""
-    return beside_others("dat_mini", layers()[0][1], IMAGES[0], QUERY)
+    """One query in the background: what it reads in a dense, a window and a deformable layer.
+
+    The deformable layer is one whose points depend on the image: `verdict` measures it.
+    """
+    return beside_others("dat_mini", layers()[2][1], IMAGES[0], QUERY)
 
 
 # ------------------------------------------------------------------------------------------------------ 2: sampling

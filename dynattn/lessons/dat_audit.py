@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -20,6 +21,7 @@ from dynattn import core, official, weights
 from dynattn.data import Shapes
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_points
+from dynattn.figures.tables import summary
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
 from dynattn.lessons.notebook import INKS
@@ -230,11 +232,22 @@ def bars(changes: Mapping[str, float]) -> Figure:
     return figure
 
 
-def measure_points(name: str, count: int) -> dict:
-    """What `evaluate_points` says of a shipped checkpoint on the first `count` test images."""
+def measure_points(name: str, count: int) -> pd.DataFrame:
+    """The summary of what `evaluate_points` finds in a kept checkpoint, on the first `count` test images."""
     items = [Shapes("easy", "test", 128)[index] for index in range(count)]
     images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
-    return evaluate_points(official.model_from(weights.path(name))[1], images, masks)
+    return summary(evaluate_points(official.model_from(weights.path(name))[1], images, masks))
+
+
+def of_all_layers(found: pd.DataFrame, kind: str) -> pd.Series:
+    """The mean over the layers of a summary: `value`, `other`; `standard_error` is an upper bound of the mean's own."""
+    return found.xs(kind, level="kind").mean()
+
+
+def best_ratio(found: pd.DataFrame, kind: str) -> float:
+    """The most that a layer's share is above its null."""
+    shares = found.xs(kind, level="kind")
+    return float((shares.value / shares.other).max())
 
 
 def shared_and_own(picture, own: Record, shared: Record, queries: Sequence[tuple[float, float]]) -> Figure:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from dynattn.figures import style
 from dynattn.figures.drawing import ground
 from dynattn.figures.measures import evaluate_groups
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
+from dynattn.figures.tables import summary
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
 from dynattn.lessons.notebook import beside_others, numbered, panels, show
 from dynattn.mechanisms import dynamic_group
@@ -375,12 +377,12 @@ def cost() -> Turn:
 # -------------------------------------------------------------------------------------------------------- 9: verdict
 
 
-def of_heads(found: dict, kind: str) -> Float[np.ndarray, " heads"]:
-    """A measure of all heads of a network, layer by layer."""
-    return np.concatenate([layer[kind] for layer in found["layers"].values()])
+def of_heads(found: pd.DataFrame, kind: str, column: str = "value") -> Float[np.ndarray, " heads"]:
+    """A measure of all heads of a network, layer by layer; column "other" has its null."""
+    return found[column].xs(kind, level="kind").to_numpy()
 
 
-def verdict() -> list[dict[str, dict]]:
+def verdict() -> dict[str, list[pd.DataFrame]]:
     """Do groups find the object, and read it? Measured in trained and in random networks, drawn, and returned."""
     items = [Shapes("easy", "test", SIDE)[i] for i in range(MEASURED)]
     images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
@@ -390,18 +392,18 @@ def verdict() -> list[dict[str, dict]]:
         "random weights": [random_twin(subjects[0], seed, images) for seed in range(SEEDS)],
     }
     found = {
-        name: [evaluate_groups(model, images, masks, choice=CHOICE) for model in models]
+        name: [summary(evaluate_groups(model, images, masks, choice=CHOICE)) for model in models]
         for name, models in networks.items()
     }
     figure, (groups, keys) = panels(1.35, 1, height=4.4)
     rows = [
-        ("trained", "trained", "", style.ORANGE),
-        ("random weights", "random weights", "", style.GREY),
-        ("trained, another image's mask", "trained", "_other", style.BLUE),
+        ("trained", "trained", "value", style.ORANGE),
+        ("random weights", "random weights", "value", style.GREY),
+        ("trained, another image's mask", "trained", "other", style.BLUE),
     ]
     keys.plot([0, 1], [0, 1], color=style.INK, linewidth=1)
-    for place, (name, network, null, colour) in enumerate(rows):
-        nmi, on, off = (np.stack([of_heads(one, kind + null) for one in found[network]]) for kind in MEASURES)
+    for place, (name, network, column, colour) in enumerate(rows):
+        nmi, on, off = (np.stack([of_heads(one, kind, column) for one in found[network]]) for kind in MEASURES)
         shift = np.linspace(-0.25, 0.25, SEEDS)[:, None] + np.zeros_like(nmi)
         groups.scatter(nmi, place + shift, s=30, color=colour, edgecolors=style.INK, linewidths=0.4)
         groups.plot([nmi.mean()] * 2, [place - 0.4, place + 0.4], color=style.INK, linewidth=2.5)
@@ -415,12 +417,12 @@ def verdict() -> list[dict[str, dict]]:
     return found
 
 
-def in_words(found: dict[str, list[dict]]) -> str:
+def in_words(found: dict[str, list[pd.DataFrame]]) -> str:
     """What `verdict` measured, and what follows."""
     lines, numbers = [], {}
     for name, networks in found.items():
         for seed, one in enumerate(networks):
-            nmi, other, on, off = (of_heads(one, kind) for kind in ("nmi", "nmi_other", "keys", "keys_off"))
+            (nmi, on, off), other = (of_heads(one, kind) for kind in MEASURES), of_heads(one, "nmi", "other")
             lines.append(
                 f"| {name}, seed {seed} | {nmi.mean():.2f} | {other.mean():.2f} | {on.mean():.0%} | {off.mean():.0%} | "
                 f"{(on > off).sum()} of {len(on)} |"

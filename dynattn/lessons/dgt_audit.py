@@ -10,6 +10,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numba
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from dynattn.data import Shapes, normalise
 from dynattn.figures import style
 from dynattn.figures.measures import evaluate_groups, mutual_information
 from dynattn.figures.subjects import Subject, load_subject, random_twin
+from dynattn.figures.tables import summary
 from dynattn.lessons.notebook import INKS
 
 PALETTE = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #882255".split()  # Okabe and Ito, and a red
@@ -241,11 +243,11 @@ def forms_picture(forms: Sequence[Form], picks: Tensor, row_group: Tensor, order
 # ------------------------------------------------------------------------------------------------------------- trained
 
 
-def measure_groups(model: nn.Module, level: str, count: int, size: int) -> dict:
-    """What `evaluate_groups` says of a network on the first `count` test images of a level."""
+def measure_groups(model: nn.Module, level: str, count: int, size: int) -> pd.DataFrame:
+    """The summary of what `evaluate_groups` finds in a network, on the first `count` test images of a level."""
     items = [Shapes(level, "test", size)[index] for index in range(count)]
     images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
-    return evaluate_groups(model, images, masks, np.array([item[1] for item in items]))
+    return summary(evaluate_groups(model, images, masks, np.array([item[1] for item in items])))
 
 
 def random_network(subject: Subject, level: str, count: int, size: int) -> nn.Module:
@@ -253,22 +255,14 @@ def random_network(subject: Subject, level: str, count: int, size: int) -> nn.Mo
     return random_twin(subject, 0, np.stack([Shapes(level, "test", size)[index][0].numpy() for index in range(count)]))
 
 
-def best_head(found: dict) -> tuple[str, int, dict]:
-    """The head with the largest mutual information on the images that choose, and its measures on the others."""
-    name, m = found["chosen"]["nmi"]
-    return name, m, {kind: v[m] for kind, v in found["layers"][name].items() if isinstance(v, list)}
+def of_head(found: pd.DataFrame, layer: str, head: int) -> pd.DataFrame:
+    """The measures of a head by their kind."""
+    return found.xs((layer, head), level=("layer", "head"))
 
 
-def first_stage(found: dict) -> tuple[str, int, float]:
-    """The first layer, its chosen head, and the head's mutual information."""
-    name = next(iter(found["layers"]))
-    m = found["layers"][name]["chosen"]["nmi"]
-    return name, m, found["layers"][name]["nmi"][m]
-
-
-def all_heads(found: dict) -> float:
+def all_heads(found: pd.DataFrame) -> float:
     """The mean of all heads' mutual information."""
-    return float(np.mean(np.concatenate([layer["nmi"] for layer in found["layers"].values()])))
+    return float(found.value.xs("nmi", level="kind").mean())
 
 
 def looks(image: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -288,16 +282,11 @@ def known_of_looks(model: nn.Module, layer: str, head: int, level: str, indices:
     return torch.as_tensor(np.mean([np.asarray(one) for one in found], axis=0))
 
 
-def reading_heads(found: dict) -> tuple[int, int, int]:
+def reading_heads(found: pd.DataFrame) -> tuple[int, int, int]:
     """Heads in which the object reads the object, in which it reads the background, and neither (two errors)."""
-    alike = opposite = neither = 0
-    for layer in found["layers"].values():
-        for on, off, *errors in zip(*(layer[f"keys{end}"] for end in ("", "_off", "_se", "_off_se")), strict=True):
-            margin = 2 * math.hypot(*errors)
-            alike += on > off + margin
-            opposite += off > on + margin
-            neither += abs(on - off) <= margin
-    return alike, opposite, neither
+    on, off = (found.xs(kind, level="kind") for kind in ("keys", "keys_off"))
+    apart, margin = on.value - off.value, 2 * np.hypot(on.standard_error, off.standard_error)
+    return int((apart > margin).sum()), int((apart < -margin).sum()), int((apart.abs() <= margin).sum())
 
 
 def sweep() -> dict[str, list[float]]:

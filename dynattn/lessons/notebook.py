@@ -27,6 +27,7 @@ from torch import Tensor
 from dynattn import create_model, papers, verify, weights
 from dynattn.data import Shapes
 from dynattn.figures import style
+from dynattn.figures.tables import Measure
 from dynattn.tracing import Record
 from dynattn.widgets import Lens
 
@@ -88,10 +89,10 @@ def measured(entries: Mapping[Any, dict]) -> None:
     """What figures measured, beside the nulls, by the names that the figures are given here."""
     rows = []
     for figure, entry in entries.items():
-        for one in entry["measures"]:
-            random = " / ".join(f"{value:.2f}" for value in one["random"].values())
-            other = "" if one["other"] is None else f"{one['other']:.2f}"
-            rows.append((figure, one["name"], f"{one['trained']:.2f}", random, other, one["n"]))
+        for measure in map(Measure.read, entry["measures"]):
+            random = " / ".join(f"{value:.2f}" for value in measure.random.values())
+            other = "" if measure.other is None else f"{measure.other:.2f}"
+            rows.append((figure, measure.name, f"{measure.trained:.2f}", random, other, measure.n))
     table(("figure", "measure", "trained", "random weights", "another image's mask", "images"), rows)
 
 

@@ -62,9 +62,9 @@ class Panel:
         Stages and blocks count from 1, as papers count them. A name without blocks, or a title that two layers would
         have, stays the path.
         """
-        found = {name: title(name, self.trace[name].kind) for name in self.layers}
+        found = {name: title(name, self.trace[name].kind_in_words) for name in self.layers}
         often = list(found.values())
-        plain = {name: f"{name}, {kind_name(self.trace[name].kind)}" for name in self.layers}
+        plain = {name: f"{name}, {self.trace[name].kind_in_words}" for name in self.layers}
         return {name: said if said and often.count(said) == 1 else plain[name] for name, said in found.items()}
 
     @property
@@ -160,17 +160,12 @@ STAGE, BLOCK = re.compile(r"(?:^|\.)(?:stages?|layers?)\.(\d+)\."), re.compile(r
 
 
 def title(name: str, kind: str) -> str:
-    """A layer's path as a reader thinks of it; empty where the path names no block."""
+    """A layer's path and its kind as a reader thinks of them; empty where the path names no block."""
     block, stage = BLOCK.search(name), STAGE.search(name)
     if block is None:
         return ""
     numbers = [f"stage {int(stage[1]) + 1}"] if stage else []
-    return ", ".join([*numbers, f"block {int(block[1]) + 1}", kind_name(kind)])
-
-
-def kind_name(kind: str) -> str:
-    """A record's kind in words."""
-    return kind.replace("_", " ")
+    return ", ".join([*numbers, f"block {int(block[1]) + 1}", kind])
 
 
 def count_name(found: int, counts: Sequence[int], cells: bool) -> str:

@@ -36,6 +36,7 @@ from dynattn.bench import deformable as bench
 from dynattn.figures.measures import propagate
 from dynattn.lessons.notebook import ledger, measured, recorded, show
 from dynattn.figures.subjects import test_picture
+from dynattn.figures.tables import from_records
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
 from dynattn.lessons import agree, begin, normal, say, source, table
@@ -673,19 +674,24 @@ measured(figures)
 # figures were drawn. Here are the first images again, live, for networks that differ only in their seed:
 
 # %%
-few, whole, rows = 12, figures[5]["networks"]["dat_mini"], []
+few, whole, rows = 12, from_records(figures[5]["networks"]["dat_mini"]), []
 for name in (name for name in weights.available() if name.startswith("dat_mini")):
     live = audit.measure_points(name, few)
+    attention, points = (audit.of_all_layers(live, kind) for kind in ("attention", "points"))
     if name == "dat_mini":
-        assert abs(live["attention"] - whole["attention"]) < 4 * whole["attention_se"] * math.sqrt(whole["n"] / few)
-    shares = [f"{live[key]:.2f}" for key in ("attention", "attention_other", "points", "points_other")]
-    rows.append((f"`{name}`", *shares, f"{live['layers'][live['best']]['points_ratio']:.2f}"))
-table((f"{few} images", "attention on the object", "null", "points on the object", "null", "best layer"), rows)
+        all_images = audit.of_all_layers(whole, "attention")
+        bound = 4 * all_images.standard_error * math.sqrt(all_images.n / few)
+        assert abs(attention.value - all_images.value) < bound
+    shares = [f"{share:.2f}" for share in (attention.value, attention.other, points.value, points.other)]
+    rows.append((f"`{name}`", *shares, f"{audit.best_ratio(live, 'points'):.2f}"))
+columns = ("attention on the object", "null", "points on the object", "null", "points, best layer: times the null")
+table((f"{few} images", *columns), rows)
 rows = []
 for kind in ("attention", "points"):
-    share, error, null, ratio = (whole[kind + end] for end in ("", "_se", "_other", "_ratio"))
-    rows.append((kind, f"{share:.3f} ± {error:.3f}", f"{null:.3f}", f"{ratio:.1f}"))
-table((f"`dat_mini`, {whole['n']} images", "share on the object", "null", "times the null"), rows)
+    share = audit.of_all_layers(whole, kind)
+    error = f"{share.value:.3f} ± {share.standard_error:.3f}"
+    rows.append((kind, error, f"{share.other:.3f}", f"{share.value / share.other:.1f}"))
+table((f"`dat_mini`, {all_images.n:.0f} images", "share on the object", "null", "times the null"), rows)
 say("Nulls: other images' masks. Points gather on the object a little. Attention then picks the points that did.")
 
 # %% [markdown]

@@ -34,6 +34,7 @@ import dynattn
 from dynattn import cost, ops, verify, weights
 from dynattn.bench import grouped as bench
 from dynattn.lessons.notebook import ledger, measured, recorded, show
+from dynattn.figures.dgt import chosen
 from dynattn.figures.subjects import load_subject, test_picture
 from dynattn.kernels import grouped as kernel
 from dynattn.lessons import agree, begin, normal, say, source, table
@@ -725,26 +726,27 @@ measured(figures)
 # only in their seed.
 
 # %%
-few, rows = 30, []
+few, rows, FIRST = 30, [], "stages.0.blocks.0.attn"
 networks = {name: load_subject(weights.path(name)).model for name in weights.available() if name.startswith("dgt_mini")}
 networks["random weights"] = audit.random_network(load_subject(name="dgt_mini"), "easy", few, 128)
 live = {name: audit.measure_groups(network, "easy", few, 128) for name, network in networks.items()}
 for name, found in live.items():
-    where, m, values = audit.best_head(found)
-    nmis = (f"{nmi:.2f}" for nmi in (audit.all_heads(found), audit.first_stage(found)[2], values["nmi"]))
-    others = f"{values['nmi_other']:.2f}", f"{values['groups']:.1f}"
-    rows.append((f"`{name}`", f"{found['accuracy']:.0%}", *nmis, f"`{where}`, head {m}", *others))
+    where, m = chosen(found, "nmi")
+    values, first = audit.of_head(found, where, m), audit.of_head(found, *chosen(found, "nmi", FIRST))
+    nmis = (f"{nmi:.2f}" for nmi in (audit.all_heads(found), first.value["nmi"], values.value["nmi"]))
+    others = f"{values.other['nmi']:.2f}", f"{values.value['groups']:.1f}"
+    rows.append((f"`{name}`", f"{found.value['', -1, 'accuracy']:.0%}", *nmis, f"`{where}`, head {m}", *others))
 columns = ("NMI, mean of all heads", "first stage", "best head", "which is", "another image's mask", "effective groups")
 table(("", "accuracy", *columns), rows)
-where, m, _ = audit.best_head(live["random weights"])
+where, m = chosen(live["random weights"], "nmi")
 light, _ = audit.known_of_looks(networks["random weights"], where, m, "easy", range(few), 128)
 say(
     f"Random weights have a best head too. Its groups follow light and dark (NMI with it {float(light):.2f}), and "
     "objects here are darker or lighter than what is behind them. The mean of all heads has least of that."
 )
 for name in (name for name in networks if name.startswith("dgt_mini")):
-    best = audit.best_head(live[name])[2]
-    assert best["nmi"] > 0.25 > 2 * best["nmi_other"]
+    best = audit.of_head(live[name], *chosen(live[name], "nmi")).loc["nmi"]
+    assert best.value > 0.25 > 2 * best.other
     assert audit.all_heads(live[name]) > 2 * audit.all_heads(live["random weights"])
 
 # %% [markdown]
@@ -765,8 +767,7 @@ for name in (name for name in networks if name.startswith("dgt_mini")):
 source(audit.reading_heads)
 rows, ways = [], {name: audit.reading_heads(found) for name, found in live.items()}
 for name, found in live.items():
-    layer_name, m = found["chosen"]["keys"]
-    most = [found["layers"][layer_name][kind][m] for kind in ("keys", "keys_off")]
+    most = audit.of_head(found, *chosen(found, "keys")).value[["keys", "keys_off"]]
     rows.append((f"`{name}`", *ways[name], *(f"{share:.2f}" for share in most)))
 most_so = "where most so: share of keys on the object, for queries on it"
 table(("heads", "object reads object", "object reads background", "neither", most_so, "off it"), rows)
@@ -775,7 +776,7 @@ assert opposite > alike
 on_it, off_it = (one for one in figures[6]["measures"] if one["name"].startswith("keys on the object"))
 assert on_it["trained"] < off_it["trained"]
 say(
-    f"(By more than two standard errors, over {live['dgt_mini']['n']} images.) In most heads it is the other way "
+    f"(By more than two standard errors, over {best.n:.0f} images.) In most heads it is the other way "
     f"round: queries on the object select keys off it, and the background's select the object. In the first stage, "
     f"figure 6, {on_it['trained']:.0%} of the keys of queries on the object lie on it, and {off_it['trained']:.0%} of "
     f"the keys of the others. Nothing in the equations asks a query and its keys to be alike: the centroid is near "
@@ -827,13 +828,14 @@ subjects, rows, known, heads = audit.cluttered_subjects(), [], {}, {}
 for level, subject in subjects.items():
     found = audit.measure_groups(subject.model, level, 60, 64)
     twin = audit.measure_groups(audit.random_network(subject, level, 60, 64), level, 60, 64)
-    where, m, values = audit.best_head(found)
-    first, at_first, nmi = audit.first_stage(found)
-    by_looks = audit.known_of_looks(subject.model, first, at_first, level, range(found["choice"], 60), 64)
-    known[level] = values["nmi"], nmi, *by_looks.tolist()
+    where, m = chosen(found, "nmi")
+    first, at_first = chosen(found, "nmi", FIRST)
+    nmi, at_random = (audit.of_head(one, *chosen(one, "nmi")).loc["nmi"] for one in (found, twin))
+    by_looks = audit.known_of_looks(subject.model, first, at_first, level, range(60 - int(nmi.n), 60), 64)
+    known[level] = nmi.value, found.value[first, at_first, "nmi"], *by_looks.tolist()
     heads[level] = {"first stage": (first, at_first), "best head": (where, m)}
-    best = f"`{where}`, head {m}: {values['nmi']:.2f} ± {values['nmi_se']:.2f}"
-    nulls = f"{values['nmi_other']:.2f}", f"{audit.best_head(twin)[2]['nmi']:.2f}"
+    best = f"`{where}`, head {m}: {nmi.value:.2f} ± {nmi.standard_error:.2f}"
+    nulls = f"{nmi.other:.2f}", f"{at_random.value:.2f}"
     rows.append((level, f"{subject.story['accuracy']:.0%}", best, *nulls, *(f"{one:.2f}" for one in known[level][1:])))
 columns = ("NMI of groups and object: best head, ± error", "another image's mask", "random weights")
 of_first = tuple(f"first stage: NMI with {what}" for what in ("the object", "light or dark", "texture"))

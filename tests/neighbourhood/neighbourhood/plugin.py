@@ -7,8 +7,11 @@ from torch import nn
 
 import dynattn
 from dynattn import figures, verify, weights
-from dynattn.figures.drawing import Drawing, Paper, Plan
-from dynattn.figures.measures import attention_share
+from dynattn.figures import measures
+from dynattn.figures.drawing import share
+from dynattn.figures.measures import attention_share, others
+from dynattn.figures.run import Drawing, Paper, Plan
+from dynattn.figures.tables import Row
 from dynattn.models.layers import Backbone, Block, PatchEmbedding, Stage, initialise
 from dynattn.training import Recipe, register_recipe
 from dynattn.verify.mistakes.common import altered, of_scale, of_tokens
@@ -51,24 +54,19 @@ def neighbours(setting) -> Drawing:
     (picture,) = setting.pictures((3,))
     figure = Figure(figsize=(4, 4))
     figure.subplots().imshow(picture.shown)
-    networks = setting.evaluations()
-    random = {name: one["attention"] for name, one in networks.items() if name != setting.subject.name}
-    trained = networks[setting.subject.name]
-    one = dict(name="attention on the object", trained=trained["attention"], random=random, other=None, n=trained["n"])
-    return Drawing(figure, "Neighbours.", [picture], [one], [setting.subject.story], networks)
+    measure = share("attention", setting.table(), setting.subject.name)
+    return Drawing(figure, "Neighbours.", [picture], [measure], [setting.subject.story], setting.evaluations())
 
 
-def evaluate(model, images, masks, labels, bar=None, **_) -> dict:
-    """Attention on the object, the mean over layers and images."""
-    import torch
+def evaluate(model, images, masks, labels, bar=None):
+    """Attention on the object, of every layer."""
 
-    from dynattn.data import normalise
+    def measure(trace, masks, i):
+        for record in trace:
+            for mask, where in {"own": masks[i].float(), "other": others(masks, i)}.items():
+                yield Row(record.name, -1, mask, "attention", attention_share(record, where))
 
-    shares = []
-    for image, mask in list(zip(images, masks, strict=True))[:4]:
-        trace = dynattn.trace(model, normalise(torch.from_numpy(image)))
-        shares += [attention_share(record, torch.from_numpy(mask).float()) for record in trace]
-    return {"attention": sum(shares) / len(shares), "n": 4}
+    return measures.evaluate(model, images[:4], masks[:4], labels[:4], measure, bar=bar)
 
 
 weights.add_folder(Path(__file__).parent)
