@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -80,25 +79,6 @@ def test_imports_go_down_only(path):
     for name in imported(path):
         if name[0] in modules() - {own}:
             assert level(name[0]) <= level(own), f"{own} may not import {name[0]}"
-
-
-def drawn() -> dict[str, set[str]]:
-    """The files of the package, each with those that it imports: also in functions, and for types."""
-    files = {".".join(parts(path)).removesuffix(".__init__"): path for path in FILES}
-
-    def file_of(name: tuple[str, ...]) -> str:
-        return next((".".join(name[:n]) for n in range(len(name), 0, -1) if ".".join(name[:n]) in files), "")
-
-    return {own: {file_of(name) for name in imported(path)} - {own, ""} for own, path in files.items()}
-
-
-# A function of the first asks the second, when everything is imported; of the others only a type is named.
-BACKWARDS = {("models.registry", "models"), ("figures.subjects", "figures.drawing")}
-
-
-def test_there_is_no_circle():
-    graph = {own: {other for other in others if (own, other) not in BACKWARDS} for own, others in drawn().items()}
-    assert len(tuple(TopologicalSorter(graph).static_order())) == len(FILES)  # raises CycleError, which names the files
 
 
 def test_a_mechanism_imports_core_kernels_and_tracing():
