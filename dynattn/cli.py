@@ -66,22 +66,24 @@ def table(paper: str) -> None:
 
 def train(**options) -> int | None:
     """Train a small model, `dynattn.training.train`, or all that ship, `train_all`. Returns 1 when a run failed."""
-    from . import training
+    if options.pop("all", False):
+        return train_all(**options)
+    if unused := {"list", "processes"} & set(options):
+        raise ValueError(f"--{min(unused)}: only with --all")
+    from .training import train
 
-    if not options.pop("all", False):
-        if unused := {"list", "processes"} & set(options):
-            raise ValueError(f"--{min(unused)}: only with --all")
-        training.train(**options)
-        return None
-    only_list, processes = options.pop("list", False), options.pop("processes", None)
-    if options:
-        raise ValueError(
-            f"--all: every model is trained by its own recipe; leave out --{min(options).replace('_', '-')}"
-        )
-    if only_list:
-        training.print_runs()
-        return None
-    return 0 if training.train_all(processes) else 1
+    train(**options)
+
+
+def train_all(list: bool = False, processes: int | None = None, **others) -> int | None:
+    """Train all that ship and are out of date, or list them."""
+    if others:
+        raise ValueError(f"--all: each model is trained by its own recipe; leave out --{min(others).replace('_', '-')}")
+    from .training import print_runs, train_all
+
+    if list:
+        return print_runs()
+    return 0 if train_all(processes) else 1
 
 
 def bench(names: list[str]) -> None:

@@ -150,7 +150,7 @@ def test_train_all_and_its_list(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--all", "--seed", "1"], "--all: every model is trained by its own recipe; leave out --seed"),
+        (["--all", "--seed", "1"], "--all: each model is trained by its own recipe; leave out --seed"),
         (["--all", "--train-count", "9"], "leave out --train-count"),
         (["dat_mini", "--list"], "--list: only with --all"),
         (["dat_mini", "--processes", "2"], "--processes: only with --all"),
