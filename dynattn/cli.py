@@ -64,11 +64,26 @@ def table(paper: str) -> None:
     print_table(paper)
 
 
-def train(**options) -> None:
-    """Train a small model: `dynattn.training.train`."""
+def train(**options) -> int | None:
+    """Train a small model, `dynattn.training.train`, or all that ship, `train_all`. Returns 1 when a run failed."""
+    if options.pop("all", False):
+        return train_all(**options)
+    if unused := {"list", "processes"} & set(options):
+        raise ValueError(f"--{min(unused)}: only with --all")
     from .training import train
 
     train(**options)
+
+
+def train_all(list: bool = False, processes: int | None = None, **others) -> int | None:
+    """Train all that ship and are out of date, or list them."""
+    if others:
+        raise ValueError(f"--all: each model is trained by its own recipe; leave out --{min(others).replace('_', '-')}")
+    from .training import print_runs, train_all
+
+    if list:
+        return print_runs()
+    return 0 if train_all(processes) else 1
 
 
 def bench(names: list[str]) -> None:
@@ -289,21 +304,33 @@ def add_train(commands) -> None:
         "train a small model on the procedural shapes",
         "Each model has a recipe (dynattn/training/recipes.py); the options below change it. A run that was\n"
         "stopped, in whatever way, goes on from its last checkpoint, about half a minute old at most, when the\n"
-        "same command is given again.",
+        "same command is given again. --all trains everything that ships and is out of date: since the data\n"
+        "set, the recipe or the model has changed. Exit code with --all: 1 when a run failed.",
         "  dynattn train dat_mini\n"
         "  dynattn train dat_mini --steps 200 --size 64 --out runs/try\n"
         "  dynattn train dat_mini --model-options '{\"drop_path_rate\": 0.1}'\n"
-        "  torchrun --standalone --nproc-per-node 2 -m dynattn train dat_mini",
+        "  torchrun --standalone --nproc-per-node 2 -m dynattn train dat_mini\n"
+        "  dynattn train --all --list",
     )
-    sub.add_argument("name", metavar="NAME", help="dat_mini or another model that has a recipe")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", metavar="NAME", help="dat_mini or another model that has a recipe")
+    what.add_argument("--all", action="store_true", default=argparse.SUPPRESS, help="everything that is out of date")
+    sub.add_argument(
+        "--list",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="with --all: train nothing, list what ships and why it is out of date",
+    )
+    sub.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="with --all: runs at once, of one thread each (default: as many as CPUs, one where there is a GPU)",
+    )
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="of the run (default: runs/NAME/seedSEED)")
-    sub.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)"
-    )
-    sub.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    sub.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that draw the images (default: %(default)s)"
-    )
+    sub.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 0)")
+    sub.add_argument("--fresh", action="store_true", default=argparse.SUPPRESS, help="start over instead of going on")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes that draw the images (default: 2)")
     recipe = sub.add_argument_group("the recipe", "(default: the model's own)")
     recipe.add_argument("--level", metavar="NAME", help="of the images: easy or cluttered")
     recipe.add_argument("--size", type=int, metavar="N", help="side of the images in pixels")

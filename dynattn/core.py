@@ -27,11 +27,19 @@ from operator import index
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from dynattn.kernels import derivatives, operators, sampling
-from dynattn.kernels.choice import exporting, form_of, larger, smaller, surely  # noqa: F401  (for mechanisms)
+from dynattn.kernels import derivatives, indices, operators, sampling
+from dynattn.kernels.choice import (  # noqa: F401  (for mechanisms)
+    OPERATIONS,
+    Forms,
+    exporting,
+    larger,
+    operation,
+    smaller,
+    surely,
+)
 from dynattn.kernels.derivatives import transforming  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,24 +92,29 @@ def check_kind(name: str, tensor: object, dtype: torch.dtype, like: Tensor) -> N
         raise TypeError(f"{name}: expected a tensor on {like.device} as q is, got one on {tensor.device}")
 
 
-def check_indices(name: str, indices: object, like: Tensor, shape: tuple[int, ...], below: int) -> None:
-    """Raise TypeError, ValueError unless `indices` are int64 of that shape, with values in [0, below), beside q."""
-    check_kind(name, indices, torch.int64, like)
-    if tuple(indices.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(indices.shape)}")
-    if indices.is_meta:  # there are no values
+def check_indices(name: str, given: object, like: Tensor, shape: tuple[int, ...], below: int) -> None:
+    """Raise TypeError, ValueError unless what is given is int64 of that shape, in [0, below), on the device of q."""
+    check_kind(name, given, torch.int64, like)
+    if tuple(given.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+    if given.is_meta:  # there are no values
         return
     if torch.compiler.is_compiling():
-        require(((indices >= 0) & (indices < below)).all(), f"{name}: expected values from 0 to {below - 1}")
+        require(((given >= 0) & (given < below)).all(), f"{name}: expected values from 0 to {below - 1}")
     else:
-        operators.check(name, indices, 0, below - 1)
+        indices.check(name, given, 0, below - 1)
+
+
+def check_distinct(name: str, given: Tensor, below: int, what: str) -> None:
+    """Raise ValueError where a row of indices, in [0, below), holds one twice. what: that is, for the message."""
+    require(indices.distinct(given, below), f"{name}: expected distinct {what}, got one twice")
 
 
 def require(held: Tensor | bool, message: str) -> None:
     """Raise ValueError unless something holds; a compiled graph raises RuntimeError, when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(held, message)
-    elif not (isinstance(held, Tensor) and held.is_meta) and not operators.beneath(torch.as_tensor(held)).all():
+    elif not (isinstance(held, Tensor) and held.is_meta) and not indices.beneath(torch.as_tensor(held)).all():
         raise ValueError(message)
 
 
@@ -226,7 +239,7 @@ def read_bilinear(z: Float[Tensor, "H W"], row: Tensor, col: Tensor) -> Tensor:
     return sum(hat(row, i) * hat(col, j) * z[i, j] for i in range(H) for j in range(W))  # DAT-8
 
 
-def sample_points_loops(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B C N"]:
+def sample_points_loops(x, points):
     """DAT-8 as it is written: for every point and channel, every location of the map."""
     (B, C, H, W), N = x.shape, points.shape[1]
     pixels = to_pixels(points, (H, W))
@@ -234,21 +247,16 @@ def sample_points_loops(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 
     return torch.stack(out).reshape(B, C, N)
 
 
-def sample_points_torch(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B C N"]:
+def sample_points_torch(x, points):
     """DAT-8 on the four neighbours that matter, by torch's grid_sample."""
     grid = rearrange(points.flip(-1), "B N xy -> B 1 N xy")
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0]
 
 
-SAMPLE_POINTS = {
-    "loops": sample_points_loops,
-    "torch": sample_points_torch,
-    "numba": lambda x, points: operators.apply(sampling.OPERATORS["numba"], x, points)[0],
-    "triton": lambda x, points: operators.apply(sampling.OPERATORS["triton"], x, points)[0],
-}
 operators.has_plain_form("sample_points", sample_points_torch)
 
 
+@operation(loops=sample_points_loops, torch=sample_points_torch, **sampling.FORMS)
 def sample_points(
     x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"], *, impl: str = "auto"
 ) -> Float[Tensor, "B C N"]:
@@ -260,7 +268,7 @@ def sample_points(
     cores it takes .4 to .9 of the kernel's time. Source: DAT section 3.2, equation 8.
     """
     bind(x=(x, "B C H W"), points=(points, "B N 2"))
-    return form_of("sample_points", impl, SAMPLE_POINTS, x)(x, points)
+    return sample_points.forms.run(impl, x, points)
 
 
 def bilinear_weights(points: Float[Tensor, "*batch N 2"], shape: tuple[int, int]) -> Float[Tensor, "*batch N S"]:
@@ -296,13 +304,7 @@ def softmax_loops(logits: list[Tensor]) -> list[Tensor]:
     return [power / total for power in powers]
 
 
-def dense_attention_loops(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h N d"],
-    v: Float[Tensor, "B h N d"],
-    bias: Float[Tensor, "*broadcast L N"] | None,
-    scale: float,
-) -> Float[Tensor, "B h L d"]:
+def dense_attention_loops(q, k, v, bias, scale):
     """DAT-2 one number at a time: z = softmax(q k^T / sqrt(d) + bias) v."""
     (B, h, L, d), N = q.shape, k.shape[2]
     bias = None if bias is None else bias.expand(B, h, L, N)
@@ -318,14 +320,7 @@ def dense_attention_loops(
     return torch.stack(z).reshape(B, h, L, d)
 
 
-def dense_attention_torch(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h N d"],
-    v: Float[Tensor, "B h N d"],
-    bias: Float[Tensor, "*broadcast L N"] | Bool[Tensor, "..."] | None,
-    scale: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B h L d"]:
+def dense_attention_torch(q, k, v, bias, scale, dropout=0.0):
     """DAT-2 by torch's scaled_dot_product_attention, which never keeps the weights; with all derivatives.
 
     bias: added to the logits; one of booleans says which keys may be read. dropout: the share of the weights that is
@@ -334,9 +329,7 @@ def dense_attention_torch(
     return derivatives.attention(q, k, v, bias, scale, dropout)
 
 
-DENSE_ATTENTION = {"loops": dense_attention_loops, "torch": dense_attention_torch}
-
-
+@operation(loops=dense_attention_loops, torch=dense_attention_torch)
 def dense_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h N d"],
@@ -359,8 +352,7 @@ def dense_attention(
     elif bias is not None:
         shapes["bias"] = (bias, "h L N")
     sizes = bind(**shapes)
-    form = form_of("dense_attention", impl, DENSE_ATTENTION, q)
-    return form(q, k, v, bias, scale_or_default(scale, sizes["d"]))
+    return dense_attention.forms.run(impl, q, k, v, bias, scale_or_default(scale, sizes["d"]))
 
 
 def attention_weights(

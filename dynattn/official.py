@@ -17,7 +17,7 @@ from dynattn import checkpoint_files, core, weights
 from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.models.dat import DAT
-from dynattn.models.registry import create_model, load_trained, recipe_of
+from dynattn.models.registry import build_of, create_model, load_trained
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema")
 PREFIXES = ("module.", "backbone.")
@@ -113,7 +113,7 @@ def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:
             f"{found[0]} stem channels, {depth} blocks in stage 3, a {found[2]} x {found[2]} stem, windows of {window}"
         )
     name, options = names[found], {}
-    defaults = {"num_classes": 1000, "img_size": 224} | recipe_of(names[found])[1]
+    defaults = {"num_classes": 1000, "img_size": 224} | build_of(names[found])[1]
     classes = state["cls_head.weight"].shape[0] if "cls_head.weight" in state else 0
     tables = [t for key, t in sorted(state.items()) if re.match(r"stages\.2\.attns\.\d+\.rpe_table$", key)]
     size = tuple((side + 1) // 2 * 16 for side in tables[0].shape[1:]) if tables else (defaults["img_size"],) * 2

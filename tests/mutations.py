@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation("mechanisms/deformable.py", "points.clamp(-1, 1)", "points.clamp(-2, 2)", "test_deformable.py"),
     Mutation("mechanisms/deformable_detr.py", "(B h) d (L K) ->", "(B h) d (K L) ->", "test_operations.py -k detr"),
     Mutation(
-        "kernels/grouped.py",
+        "kernels/grouped_torch.py",
         "rank = torch.arange(L",
         "rank = 0 * torch.arange(L",
         "test_operations.py -k grouped_attention-torch",

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynattn import core, ops, verify
 from dynattn.kernels import operators
-from dynattn.mechanisms import bilevel
 from dynattn.mechanisms.bilevel import membership, readable_first
 
 ROOT = Path(__file__).parents[1]
@@ -261,13 +260,13 @@ def test_auto_is_the_kernel(monkeypatch):
     """As for grouped attention; never without the backend."""
     used = []
     for name in ("torch", "numba"):
-        monkeypatch.setitem(bilevel.FORMS, name, lambda q, *_, name=name: used.append(name) or q)
+        monkeypatch.setitem(ops.routed_attention.forms, name, lambda q, *_, name=name: used.append(name) or q)
     arguments = inputs(*SIZES["several of each"])
     ops.routed_attention(*arguments)
     monkeypatch.setitem(operators.INSTALLED, "numba", False)
     ops.routed_attention(*arguments)
     assert used == ["numba", "torch"]
-    assert bilevel.FORMS.keys() == {"loops", "torch", "numba", "triton"}
+    assert ops.routed_attention.forms.keys() == {"loops", "torch", "numba", "triton"}
 
 
 @pytest.mark.slow
@@ -446,8 +445,8 @@ BAD = [
 @pytest.mark.parametrize("changes, error, message", BAD)
 def test_bad_input(unchecked, changes, error, message, impl, monkeypatch):
     """Before any work is done."""
-    for name in bilevel.FORMS:
-        monkeypatch.setitem(bilevel.FORMS, name, lambda *_: pytest.fail("work was done"))
+    for name in ops.routed_attention.forms:
+        monkeypatch.setitem(ops.routed_attention.forms, name, lambda *_: pytest.fail("work was done"))
     with pytest.raises(error, match=message):
         attend(**{"impl": impl} | changes)
 
@@ -469,7 +468,7 @@ def test_the_kernel_reads_no_memory_of_others():
         (routes, Z(2, 4, 2) > 0, "lengths: expected values from 1 to 4, got 0"),
     ):
         with pytest.raises(ValueError, match=told):
-            bilevel.FORMS["numba"](q, k, v, wrong, mask, 1.0)
+            ops.routed_attention.forms["numba"](q, k, v, wrong, mask, 1.0)
 
 
 @pytest.mark.slow

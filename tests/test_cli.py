@@ -94,7 +94,7 @@ def test_figures_passes_its_options(called, tmp_path):
 def test_train_passes_only_what_was_given(called):
     calls = called("training", "train")
     assert cli.main(["train", "dat_mini", "--lr", "1e-3", "--fresh", "--model-options", '{"drop_path": 0.1}']) == 0
-    expected = dict(name="dat_mini", seed=0, workers=2, fresh=True, lr=1e-3, model_options={"drop_path": 0.1})
+    expected = dict(name="dat_mini", fresh=True, lr=1e-3, model_options={"drop_path": 0.1})
     assert calls == [((), expected)]
 
 
@@ -132,7 +132,33 @@ def test_train_offers_the_arguments_of_train_and_the_fields_of_a_recipe():
     from dynattn import training
 
     recipe = {field.name: field.default for field in fields(training.Recipe) if field.name != "model"}
-    assert_same_options("train", keywords(training.train) | recipe)
+    every = {"all": False, "list": False} | keywords(training.train_all)
+    assert_same_options("train", keywords(training.train) | recipe | every)
+
+
+def test_train_all_and_its_list(monkeypatch):
+    """The exit code says whether all went well."""
+    calls = []
+    monkeypatch.setattr("dynattn.training.print_runs", lambda: calls.append("list"))
+    monkeypatch.setattr("dynattn.training.train_all", lambda processes: calls.append(processes) or processes == 3)
+    assert cli.main(["train", "--all", "--list"]) == 0
+    assert cli.main(["train", "--all", "--processes", "3"]) == 0
+    assert cli.main(["train", "--all"]) == 1
+    assert calls == ["list", 3, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all", "--seed", "1"], "--all: each model is trained by its own recipe; leave out --seed"),
+        (["--all", "--train-count", "9"], "leave out --train-count"),
+        (["dat_mini", "--list"], "--list: only with --all"),
+        (["dat_mini", "--processes", "2"], "--processes: only with --all"),
+    ],
+)
+def test_options_of_one_run_and_of_all_are_not_mixed(capsys, arguments, message):
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- the notebooks

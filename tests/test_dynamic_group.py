@@ -584,7 +584,7 @@ def test_auto_is_the_kernel_on_the_cpu(monkeypatch):
     from dynattn.kernels import operators
 
     used = []
-    for name, table in product(FAST, (dynamic_group.FORMS, ASSIGN, SELECT)):
+    for name, table in product(FAST, (dynamic_group.grouped_attention.forms, ASSIGN, SELECT)):
         form = table[name]
         monkeypatch.setitem(table, name, lambda *a, name=name, form=form: used.append(name) or form(*a))
     module, x = layer(), normal(1, 3, 3, 8)
@@ -628,7 +628,7 @@ def record_of(module: DynamicGroupAttention, x: Tensor) -> dynamic_group.Dynamic
 def test_works_under_autocast(cosine, impl, monkeypatch):
     """Linear maps and attention in bfloat16, groups and selection in float32, the gradient as it should be."""
     module, x = layer(cosine=cosine).float().train(), normal(1, 6, 5, 8).float()
-    monkeypatch.setitem(dynamic_group.FORMS, "numba", dynamic_group.FORMS[impl])
+    monkeypatch.setitem(dynamic_group.grouped_attention.forms, "numba", dynamic_group.grouped_attention.forms[impl])
     for table in (ASSIGN, SELECT):
         form = table[impl]
 

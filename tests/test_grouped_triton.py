@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from helpers import compile_for_a_gpu, layouts, normal
 from torch import Tensor
 
-from dynattn import bench, core, ops, verify
+from dynattn import bench, ops, verify
 from dynattn.bench import cuda
 from dynattn.kernels import grouped as operator
 from dynattn.kernels import operators
 from dynattn.mechanisms.dynamic_group import (
     ASSIGN,
-    FORMS,
     SELECT,
     DynamicGroupAttention,
     assign_loops,
@@ -232,8 +231,8 @@ def test_what_is_no_number_is_liked_least(dtype):
 def test_a_layer_on_a_cuda_device_uses_the_kernels():
     """By the device of its tensors."""
     x = SimpleNamespace(device=torch.device("cuda"))
-    for forms in (ASSIGN, SELECT, FORMS):
-        assert core.form_of("it", "auto", forms, x, operator.pays) is forms["triton"]
+    for forms in (ASSIGN, SELECT, ops.grouped_attention.forms):
+        assert forms.chosen("auto", x) is forms["triton"]
 
 
 def test_a_layer_by_its_kernels():
@@ -383,8 +382,8 @@ def test_kernels_compile_for_a_gpu(cases):
             q, k, v = (torch.zeros(B, h, x, d, dtype=dtype) for x in (L, S, S))
             groups, selected = torch.zeros(B, h, L, dtype=torch.int64), torch.zeros(B, h, G, n, dtype=torch.int64)
             lengths, centroids = torch.ones(B, h, G, dtype=torch.int64), torch.zeros(h, G, d)
-            out, kept = attention.forward(q, k, v, groups, selected, lengths, 0.5)
-            attention.backward(out, out, kept, q, k, v, groups, selected, lengths, 0.5)
+            out, statistics = attention.forward(q, k, v, groups, selected, lengths, 0.5)
+            attention.backward(out, out, statistics, q, k, v, groups, selected, lengths, 0.5)
             sizes = groups.numel(), selected.numel(), lengths.numel(), G, S, n
             attention.check_program[1,](groups, selected, lengths, *sizes, BLOCK=1024)
             search.assign_triton(q, centroids)

@@ -23,7 +23,6 @@ from dynattn.kernels import deformable as deformable_operator
 from dynattn.kernels import operators, simd
 from dynattn.kernels import sampling as sampling_operator
 from dynattn.kernels import threads as team
-from dynattn.mechanisms import deformable
 
 ROOT = Path(__file__).parents[1]
 DEVICE = {"numba": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -165,7 +164,7 @@ def operator_arguments(operation: str, table: bool = True) -> list:
         arguments = [normal(2, 3, 4, 5), somewhere(2, 6)]
     else:
         q, k, v, points, entries, shape = deformable_case(B=1, h=2, shape=(3, 4), N=3, table=(5, 7) if table else None)
-        arguments = [q, k, v, points, entries, *shape, True, 0.7]
+        arguments = [q, k, v, points, entries, shape, "centre", 0.7]
     return [a.requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
 
 
@@ -362,7 +361,7 @@ def test_auto_is_the_kernel_where_it_pays(monkeypatch):
     """By the number of pairs of queries and keys; never without the backend."""
     used = []
     for name in ("torch", "numba"):
-        monkeypatch.setitem(deformable.FORMS, name, lambda q, *_, name=name: used.append(name) or q)
+        monkeypatch.setitem(ops.deformable_attention.forms, name, lambda q, *_, name=name: used.append(name) or q)
     large = deformable_case(B=8, h=8, g=1, shape=(64, 64), N=1, d=1, table=None)
     ops.deformable_attention(*deformable_case())
     ops.deformable_attention(*large)
@@ -406,9 +405,9 @@ def test_triton_s_kernels_compile_for_a_gpu(dtype):
         def calls(B, h, G, H, W, N, d, with_table):
             q, k = (torch.zeros(B, h, L, d, dtype=torch.{dtype}) for L in (H * W, N))
             points, table = torch.zeros(B, G, N, 2), torch.zeros(h, 2 * H - 1, 2 * W - 1) if with_table else None
-            inputs = q, k, k, points, table, H, W, True, 0.3
-            out, kept = attention.forward(*inputs)
-            attention.backward(out, out, kept, *inputs)
+            inputs = q, k, k, points, table, (H, W), "centre", 0.3
+            out, statistics = attention.forward(*inputs)
+            attention.backward(out, out, statistics, *inputs)
             x, points = torch.zeros(B, h, H, W, dtype=torch.{dtype}), points[:, 0]
             (out,) = sampling.forward(x, points)
             sampling.backward(out, out, x, points)

@@ -5,7 +5,6 @@ must; kernels are operators of torch. Operations and forms come from the library
 Triton's kernels run on a GPU where there is one, else in Triton's interpreter.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,9 +27,8 @@ pytestmark = [
 
 
 def forms_of(operation: str) -> dict[str, Callable]:
-    """The table of an operation's forms in the file that defines it."""
-    home = sys.modules[OPERATIONS[operation][0].__module__]
-    return getattr(home, operation.upper(), None) or home.FORMS
+    """The forms of an operation by their names."""
+    return OPERATIONS[operation].function.forms
 
 
 def can_run(impl: str) -> bool:

@@ -50,7 +50,7 @@ def found(function: str):
 @pytest.mark.parametrize(("paper", "row"), ROWS, ids=lambda one: getattr(one, "paper", one))
 def test_every_argument_exists(paper, row):
     """A keyword of the paper's models, a keyword of a function of the package, or "always"."""
-    build, _ = registry.recipe_of(MODEL[paper])
+    build, _ = registry.build_of(MODEL[paper])
     assert row.argument and row.paper and row.code and row.consequence
     for argument in row.argument:
         if call := CALL.fullmatch(argument):

@@ -49,9 +49,10 @@ def run(environment: dict[str, str], *arguments: object, module: str = "dynattn"
     return done.stdout
 
 
-def program(environment: dict[str, str], text: str) -> str:
-    """What a program prints."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], env=environment, capture_output=True, text=True)
+def program(environment: dict[str, str], text: str, folder: Path | None = None) -> str:
+    """What a program prints, that runs in a folder."""
+    command = [sys.executable, "-W", "ignore", "-c", text]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -70,6 +71,33 @@ except verify.Mismatch as mismatch:
     print(mismatch.mistakes)
 """
     assert program(installed, text).strip() == "['one cell too far']"
+
+
+def test_it_is_an_operation_like_any_other(installed):
+    """`ops` offers it, and its form is switched by call, block and model."""
+    text = """
+import torch, dynattn, neighbourhood.plugin
+from dynattn import ops
+assert "neighbourhood_attention" in dir(ops) and ops.neighbourhood_attention.__doc__.startswith("Every query reads")
+used, forms = [], ops.neighbourhood_attention.forms
+for name, form in list(forms.items()):
+    forms[name] = lambda *inputs, name=name, form=form: used.append(name) or form(*inputs)
+q = torch.randn(1, 2, 6, 3)
+ops.neighbourhood_attention(q, q, q, (2, 3))
+ops.neighbourhood_attention(q, q, q, (2, 3), impl="loops")
+with dynattn.implementation("loops"):
+    ops.neighbourhood_attention(q, q, q, (2, 3))
+model = dynattn.use_implementation(dynattn.create_model("neighbourhood_mini"), "loops")
+model(torch.randn(1, 3, 16, 16))
+print(*used)
+try:
+    ops.neighbourhood_attention(q, q, q, (2, 3), impl="numba")
+except ValueError as error:
+    print(error)
+"""
+    used, message = program(installed, text).splitlines()
+    assert used.split() == ["torch", "loops", "loops", "loops", "loops"]  # two layers
+    assert message == "impl: neighbourhood_attention has no 'numba' kernel here, only 'loops', 'torch' or 'auto'"
 
 
 def test_dynattn_check_knows_it(installed, tmp_path):
@@ -103,6 +131,30 @@ print(Lens(model, x[0]))
     shapes, keys, lens = program(installed, text).splitlines()
     assert shapes == "[(1, 8, 8, 8), (1, 16, 4, 4)]" and keys == "25 1.0"  # radius 2: five by five cells
     assert lens.startswith("Neighbourhood: Query (row ")
+
+
+def test_its_checkpoint_is_kept_up_to_date(installed, tmp_path):
+    """It lies in the folder of the package. What ships with dynattn is left out here: it takes hours."""
+    text = """
+import neighbourhood.plugin
+from dynattn.training import print_runs, recipes, shipping, train_all
+recipes()
+shipping.SHIPPED = {"neighbourhood_mini": shipping.SHIPPED["neighbourhood_mini"]}
+(run,) = shipping.shipped_runs()
+print_runs()
+assert train_all()
+run.file.unlink()
+print_runs()
+assert train_all(2)
+print_runs()
+print(sorted(file.name for file in run.file.parent.glob("*mini*")), run.folder)
+"""
+    _, before, nothing, _, between, trained, _, after, files = program(installed, text, tmp_path).splitlines()
+    assert before.split() == ["neighbourhood_mini", "up", "to", "date"] and nothing == "everything is up to date"
+    assert between.split() == ["neighbourhood_mini", "to", "train", "missing"]
+    assert trained.startswith("  1 of 1  neighbourhood_mini: accuracy 0.") and "after 2 steps" in trained
+    assert after == before
+    assert files == "['neighbourhood_mini.csv', 'neighbourhood_mini.safetensors'] runs/neighbourhood_mini/seed0"
 
 
 def test_its_figure_is_drawn(installed, tmp_path):

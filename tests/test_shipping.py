@@ -1,6 +1,11 @@
 """What ships with the package, and what is in the project's folder alone."""
 
 import io
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +16,10 @@ from PIL import Image
 import dynattn
 from dynattn import weights
 from dynattn.figures import gallery
+from dynattn.training.shipping import shipped_runs
 
 ROOT = Path(__file__).parents[1]
-MINIS = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"]
+MINIS = sorted(run.file.stem for run in shipped_runs() if run.is_pretrained)
 DATA = ("csv", "safetensors")
 
 
@@ -71,6 +77,47 @@ def test_a_checkpoint_of_the_figures_is_not_pretrained(monkeypatch, tmp_path):
     assert weights.available() == ["dat_mini"] and weights.shipped() == []
     with pytest.raises(ValueError, match="pretrained: no checkpoint of 'dat_mini' ships"):
         dynattn.create_model("dat_mini", pretrained=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The package as it is installed, built with what the machine has for that."""
+    folder = tmp_path_factory.mktemp("wheel")
+    if shutil.which("uv"):
+        command = ["uv", "build", "--wheel", "--out-dir", folder, ROOT]
+    elif find_spec("pip"):
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT]
+    else:
+        pytest.skip("neither uv nor pip is here")
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode and "hatchling" in done.stdout + done.stderr:  # it is fetched for the build
+        pytest.skip(f"the build needs a network: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_is_small(wheel):
+    """Every file under dynattn that git knows, nothing else of the project, at most 25 MB."""
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in names} == {"dynattn"}
+    listed = subprocess.run(["git", "ls-files", "dynattn"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:  # not in a copy without its history
+        assert set(listed.stdout.split()) <= names
+    assert sum(file.compress_size for file in wheel.infolist()) <= 25_000_000
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_checkpoint_of_every_mini(wheel):
+    """And none of those that only figures read."""
+    checkpoints = [name for name in wheel.namelist() if name.endswith(".safetensors")]
+    assert sorted(checkpoints) == [f"dynattn/weights/{name}.safetensors" for name in MINIS]
+    (entries,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "dynattn = dynattn.cli:main" in entries
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

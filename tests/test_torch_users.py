@@ -12,7 +12,7 @@ from helpers import DOUBLE, normal, somewhere
 import dynattn
 from dynattn import core, ops
 from dynattn.kernels import operators
-from dynattn.mechanisms import deformable, dynamic_group, window
+from dynattn.mechanisms import dynamic_group
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -55,8 +55,8 @@ OPERATIONS = ("grouped_attention", "routed_attention", "deformable_attention", "
 def used(monkeypatch) -> list:
     """The forms that run, as they run."""
     names = []
-    tables = [core.DENSE_ATTENTION, core.SAMPLE_POINTS, deformable.FORMS, dynamic_group.FORMS, dynamic_group.ASSIGN]
-    for table in (*tables, dynamic_group.SELECT, window.FORMS):
+    tables = [operation.forms for operation in core.OPERATIONS.values()]
+    for table in (*tables, dynamic_group.ASSIGN, dynamic_group.SELECT):
         for name, form in list(table.items()):
             monkeypatch.setitem(table, name, lambda *a, name=name, form=form: names.append(name) or form(*a))
     return names

@@ -83,9 +83,9 @@ def floor(race: Race) -> float:
 
 def fused(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor) -> Tensor:
     """The kernel as a layer calls it, which has made the indices itself and need not look at them."""
-    from dynattn.mechanisms.dynamic_group import FORMS
+    from dynattn.mechanisms.dynamic_group import grouped_attention
 
-    return FORMS["triton"](q, k, v, groups, selected, q.shape[-1] ** -0.5)
+    return grouped_attention.forms.run("triton", q, k, v, groups, selected, q.shape[-1] ** -0.5)
 
 
 def search(q: Tensor, k: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -106,9 +106,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
 
 def tiles(*inputs: Tensor) -> Tensor:
     """The torch form."""
-    from dynattn.mechanisms.dynamic_group import FORMS
+    from dynattn.mechanisms.dynamic_group import grouped_attention_torch
 
-    return FORMS["torch"](*inputs, inputs[0].shape[-1] ** -0.5)
+    return grouped_attention_torch(*inputs, inputs[0].shape[-1] ** -0.5)
 
 
 def padded(*inputs: Tensor) -> Tensor:
@@ -240,9 +240,9 @@ def main() -> None:
         values = measured(race) if here and (race.other != "forms" or forms_run()) else []
         verdict = ""
         if values and race.bound is not None:
-            kept = values[0] <= race.bound if race.other == "floor" else values[0] >= race.bound
-            verdict = "" if kept else "   missed"
-        one, other = (f"{value:.2f} x" for value in values) if values else ("-", "-")
+            holds = values[0] <= race.bound if race.other == "floor" else values[0] >= race.bound
+            verdict = "" if holds else "   missed"
+        plain, selecting = (f"{value:.2f} x" for value in values) if values else ("-", "-")
         least = "at most" if race.other == "floor" else "at least"
         wanted = "" if race.bound is None else f"{least} {race.bound:.1f} x"
-        print(f"{name:16} {race.what:46} {one:>10} {other:>15} {wanted:>15}{verdict}".rstrip(), flush=True)
+        print(f"{name:16} {race.what:46} {plain:>10} {selecting:>15} {wanted:>15}{verdict}".rstrip(), flush=True)

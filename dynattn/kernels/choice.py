@@ -1,4 +1,4 @@
-"""Which form of an operation runs: the choice of "auto", and the switch that overrules it.
+"""Operations and their forms: which form runs, by the choice of "auto" and the switch that overrules it.
 
     with dynattn.implementation("torch"): ...           a block of code, of this thread or task only
     dynattn.use_implementation(model, "torch")          a model, wherever it is called
@@ -7,7 +7,7 @@
 The nearest one counts: the argument of a call before that of its model, that before the innermost block.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -88,32 +88,68 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def form_of(
-    operation: str, impl: str, forms: Mapping[str, Callable], like: Tensor, pays: Callable[[str], bool] | None = None
-) -> Callable:
-    """The form of an operation that `impl` names, for tensors on the device of `like`.
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations and their forms
+# ---------------------------------------------------------------------------------------------------------------------
 
-    "auto" is what the innermost block of `implementation` names. Without one it is the kernel for that device (numba
-    for the CPU, triton for CUDA) if there is one, it can run, and `pays(backend)` says that it is the faster; else the
-    vectorised torch form. A graph that is exported gets the torch form.
-    Raises ValueError when `impl` is no form of any operation, or none of this one, or cannot run on the device, and
-    says why: nothing falls back in silence.
+OPERATIONS: dict[str, Callable] = {}  # the public functions, by their names
+
+
+class Forms(dict):
+    """The forms of an operation by their names ("loops", "torch", "numba", "triton"), and which of them runs.
+
+    All take the same inputs; those of a form are checked before. pays(backend, *inputs): whether a kernel is the faster
+    form; without it "auto" never takes a kernel.
     """
-    check_implementation("impl", impl)
-    asked = f"impl: {impl!r}"
-    if impl == "auto" and (block := _BLOCK.get()) != "auto":
-        impl = block if block in forms else "torch"
-        asked = f"implementation({block!r})"
-    if impl == "auto":
-        kernel = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
-        can = kernel in forms and pays is not None and not exporting() and not derivatives.forward_mode()
-        can = can and pays(kernel) and not operators.unavailable(kernel, like.device)
-        return forms[kernel if can else "torch"]
-    if impl not in forms:
-        raise ValueError(f"impl: {operation} has no {impl!r} kernel here, only {', '.join(map(repr, forms))} or 'auto'")
-    why = operators.unavailable(impl, like.device) if impl in operators.BACKENDS else None
-    if impl in operators.BACKENDS and derivatives.forward_mode():
-        why = why or "kernels have no forward-mode derivatives"
-    if why:
-        raise ValueError(f"{asked} cannot run {operation} here: {why}; use 'auto' or 'torch'")
-    return forms[impl]
+
+    def __init__(self, operation: str, pays: Callable[..., bool] | None = None, **forms: Callable):
+        super().__init__(forms)
+        self.operation, self.pays = operation, pays
+
+    def run(self, impl: str, *inputs: object) -> Tensor:
+        """What the operation puts out, by the form that `impl` names."""
+        return self.chosen(impl, *inputs)(*inputs)
+
+    def chosen(self, impl: str, *inputs: object) -> Callable:
+        """The form that `impl` names, for tensors on the device of the first input.
+
+        "auto" is what the innermost block of `implementation` names. Without one it is the kernel for that device
+        (numba for the CPU, triton for CUDA) if there is one, it can run, and it pays; else the vectorised torch form.
+        A graph that is exported gets the torch form.
+        Raises ValueError when `impl` is no form of any operation, or none of this one, or cannot run on the device, and
+        says why: nothing falls back in silence.
+        """
+        check_implementation("impl", impl)
+        device, asked = inputs[0].device, f"impl: {impl!r}"
+        if impl == "auto" and (block := _BLOCK.get()) != "auto":
+            impl = block if block in self else "torch"
+            asked = f"implementation({block!r})"
+        if impl == "auto":
+            kernel = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+            can = kernel in self and self.pays is not None and not exporting() and not derivatives.forward_mode()
+            can = can and self.pays(kernel, *inputs) and not operators.unavailable(kernel, device)
+            return self[kernel if can else "torch"]
+        if impl not in self:
+            there = ", ".join(map(repr, self))
+            raise ValueError(f"impl: {self.operation} has no {impl!r} kernel here, only {there} or 'auto'")
+        why = operators.unavailable(impl, device) if impl in operators.BACKENDS else None
+        if impl in operators.BACKENDS and derivatives.forward_mode():
+            why = why or "kernels have no forward-mode derivatives"
+        if why:
+            raise ValueError(f"{asked} cannot run {self.operation} here: {why}; use 'auto' or 'torch'")
+        return self[impl]
+
+
+def operation(*, pays: Callable[..., bool] | None = None, **forms: Callable) -> Callable[[Callable], Callable]:
+    """Make a function an operation with these forms: `ops` offers it under its name.
+
+    The function says the signature, with an argument `impl`; it checks what came, and ends with
+    `return NAME.forms.run(impl, *inputs)`. pays: as of `Forms`.
+    """
+
+    def register(function: Callable) -> Callable:
+        function.forms = Forms(function.__name__, pays, **forms)
+        OPERATIONS[function.__name__] = function
+        return function
+
+    return register

@@ -1,5 +1,7 @@
 """How the operator of deformable attention looks, whatever the backend (DAT-9)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,38 +9,19 @@ from dynattn.kernels import operators
 from dynattn.kernels.choice import surely
 
 
-def forward(
+def look(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     points: Tensor,
     table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
+    query_shape: Sequence[int],
+    query_grid: str,
     scale: float,
 ) -> list[Tensor]:
-    """out (B, h, L, d), and for the backward (B, h, L, 2): the largest logit of each softmax, and its sum."""
-    kept = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return [q.new_empty(q.shape), q.new_empty(*q.shape[:-1], 2, dtype=kept)]
-
-
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
-    scale: float,
-) -> list[Tensor]:
-    """Gradients of q, k, v, points and, if there is one, the table."""
-    return [x.new_empty(x.shape) for x in (q, k, v, points, table) if x is not None]
+    """out (B, h, L, d), and for the backward (B, h, L, 2): the row maximum and the row sum of each softmax."""
+    number = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return [q.new_empty(q.shape), q.new_empty(*q.shape[:-1], 2, dtype=number)]
 
 
 def flops(q: tuple, k: tuple, *_, **__) -> int:
@@ -72,7 +55,9 @@ def table_places(
     return places, step * (size - 1) / 4, size
 
 
-NAME = "deformable_attention"
 # A batch of vmap becomes heads, with groups of points and a table of their own: the table has no dimension of images.
-FOLD = (1, 1, 1, 1, 0, None, None, None, None)
-OPERATORS = operators.operators(NAME, forward, backward, flops, file="deformable", fold=FOLD)
+FOLD = (1, 1, 1, 1, 0, None, None, None)
+OPERATORS = operators.operators(
+    "deformable_attention", look, flops, file="deformable", fold=FOLD, outputs=["out", "statistics"]
+)
+FORMS = operators.forms(OPERATORS)

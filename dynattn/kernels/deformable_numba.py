@@ -1,7 +1,7 @@
-"""Deformable attention on the CPU (DAT-9): the bias is read from the table where it is added, and never kept.
+"""Deformable attention on the CPU (DAT-9): the bias is read from the table where it is added, and never stored.
 
-A tile of queries meets a block of keys at a time, as in flash attention: logits (keys, queries) in the first-level
-cache, one query a lane, so that the softmax runs over whole vectors. Along a row of queries the place in the bias table
+A query block meets a key block at a time, as in flash attention: logits (keys, queries) in the first-level cache, one
+query a lane, so that the softmax runs over whole vectors. Along a row of queries the place in the bias table
 moves in even steps, from key to key only its start differs: neighbours read neighbours, and one bilinear read is four
 vector loads. A worker does all of a head by itself: gradients need no locks, and sums have one order.
 """
@@ -175,30 +175,31 @@ def spread_bias(table, places, step, runs, keys, i, j, stop, slopes, t, table_sl
 
 
 @compiled
-def logits(tile, k, table, places, step, runs, keys, first_query, count, width, scores):
-    """scores[n, t] = (q k^T + bias) in units of log2 for a tile (d, queries) and a block of keys, from-to."""
-    some, fit = k[keys[0] : keys[1]], scores[: keys[1] - keys[0], : tile.shape[1]]
+def logits(q_block, k, table, places, step, runs, key_block, first_query, count, width, scores):
+    """scores[n, t] = (q k^T + bias) in units of log2 for a query block (d, queries) and a key block, from-to."""
+    begin, end = key_block
+    k_block, scores_of_block = k[begin:end], scores[: end - begin, : q_block.shape[1]]
     if not table.size:
-        multiply(some, tile, fit)
+        multiply(k_block, q_block, scores_of_block)
         return
     t = 0
     while t < count:  # a row of queries after the other
         i, j = divmod(first_query + t, width)
         stop = min(width, j + count - t)
-        read_bias(table, places, step, runs, keys, i, j, stop, scores, t)
+        read_bias(table, places, step, runs, key_block, i, j, stop, scores, t)
         t += stop - j
-    multiply_add(some, tile, fit)
+    multiply_add(k_block, q_block, scores_of_block)
 
 
 @compiled
-def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, kept):
-    """Heads begin to end - 1 of all (batch, head): out, and each softmax's largest logit and sum."""
+def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, statistics):
+    """Heads begin to end - 1 of all (batch, head): out, and row maximum and row sum of each softmax."""
     (_, h, L, d), N, G = q.shape, k.shape[2], places.shape[1]
     dtype, D = out.dtype, padded(d)
     one, to_logits = dtype.type(1), dtype.type(scale * LOG2E)
-    values, summed = np.zeros((N, D), dtype), np.empty((QUERIES, D), dtype)
-    tile, scores = np.zeros((d, QUERIES), dtype), np.empty((KEYS, ROOM), dtype)
-    top, bottom, decay = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
+    values, accumulator = np.zeros((N, D), dtype), np.empty((QUERIES, D), dtype)
+    q_block, scores = np.zeros((d, QUERIES), dtype), np.empty((KEYS, ROOM), dtype)
+    row_max, row_sum, rescale = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
     runs = room_for_runs(N, width)
     for item in range(begin, end):
         b, m = divmod(item, h)
@@ -209,22 +210,23 @@ def forward_heads(begin, end, q, k, v, tables, places, step, width, scale, out, 
         for l in range(0, L, QUERIES):
             count = min(QUERIES, L - l)
             T = padded(count)
-            copy(q[b, m, l : l + count].T, to_logits, tile)
+            copy(q[b, m, l : l + count].T, to_logits, q_block)
             for n in range(0, N, KEYS):
-                keys = n, min(n + KEYS, N)
-                logits(tile[:, :T], k[b, m], tables[m], places[b, g], step, runs, keys, l, count, width, scores)
-                values_of_block = values[n : keys[1]]
-                add_block(scores, keys[1] - n, count, values_of_block, top, bottom, decay, summed, n == 0)
+                key_block = n, min(n + KEYS, N)
+                logits(q_block[:, :T], k[b, m], tables[m], places[b, g], step, runs, key_block, l, count, width, scores)
+                v_block = values[n : key_block[1]]
+                block = key_block[1] - n
+                add_block(scores, block, count, v_block, row_max, row_sum, rescale, accumulator, n == 0)
             for t in range(count):
-                kept[b, m, l + t, 0], kept[b, m, l + t, 1] = top[t], bottom[t]
-                share = one / bottom[t]
+                statistics[b, m, l + t, 0], statistics[b, m, l + t, 1] = row_max[t], row_sum[t]
+                share = one / row_sum[t]
                 for c in range(d):
-                    out[b, m, l + t, c] = summed[t, c] * share
+                    out[b, m, l + t, c] = accumulator[t, c] * share
 
 
 @compiled
 def backward_heads(
-    begin, end, grad, offsets, kept, q, k, v, tables, places, step, width, scale, dq, dk, dv, dplaces, dtables
+    begin, end, grad, deltas, statistics, q, k, v, tables, places, step, width, scale, dq, dk, dv, dplaces, dtables
 ):
     """Gradients of heads begin to end - 1, all five; those by places and tables apart for each head."""
     (_, h, L, d), N, G = q.shape, k.shape[2], places.shape[1]
@@ -233,9 +235,9 @@ def backward_heads(
     keys, key_slopes, value_slopes = np.zeros((N, D), dtype), np.empty((N, D), dtype), np.empty((N, D), dtype)
     queries, query_slopes = np.zeros((QUERIES, D), dtype), np.empty((QUERIES, D), dtype)
     grads, table_slopes = np.zeros((QUERIES, D), dtype), np.empty(tables.shape[1:], dtype)
-    tile, grad_tile = np.zeros((d, QUERIES), dtype), np.zeros((d, QUERIES), dtype)
+    q_block, grad_block = np.zeros((d, QUERIES), dtype), np.zeros((d, QUERIES), dtype)
     weights, slopes = np.empty((KEYS, ROOM), dtype), np.empty((KEYS, ROOM), dtype)
-    top, share, offset = np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype)
+    row_max, share, delta = np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype), np.zeros(QUERIES, dtype)
     runs = room_for_runs(N, width)
     for item in range(begin, end):
         b, m = divmod(item, h)
@@ -247,28 +249,42 @@ def backward_heads(
         for l in range(0, L, QUERIES):
             count = min(QUERIES, L - l)
             T = padded(count)
-            copy(q[b, m, l : l + count].T, to_logits, tile)
+            copy(q[b, m, l : l + count].T, to_logits, q_block)
             copy(q[b, m, l : l + count], factor, queries)
-            copy(grad[b, m, l : l + count].T, one, grad_tile)
+            copy(grad[b, m, l : l + count].T, one, grad_block)
             copy(grad[b, m, l : l + count], one, grads)
             query_slopes[:] = 0
             for t in range(count):
-                top[t], share[t], offset[t] = kept[b, m, l + t, 0], one / kept[b, m, l + t, 1], offsets[b, m, l + t]
+                row_max[t], share[t] = statistics[b, m, l + t, 0], one / statistics[b, m, l + t, 1]
+                delta[t] = deltas[b, m, l + t]
             for n in range(0, N, KEYS):
-                some = n, min(n + KEYS, N)
-                block = some[1] - n
-                logits(tile[:, :T], k[b, m], tables[m], places[b, g], step, runs, some, l, count, width, weights)
-                multiply(v[b, m, n : some[1]], grad_tile[:, :T], slopes[:block, :T])
-                slopes_of_logits(weights, slopes, block, count, top, share, offset)
-                multiply_add(weights[:block, :count], grads[:count], value_slopes[n : some[1]])
-                multiply_add(slopes[:block, :count], queries[:count], key_slopes[n : some[1]])
-                multiply_add(slopes[:block, :count].T, keys[n : some[1]], query_slopes[:count])
+                key_block = n, min(n + KEYS, N)
+                block = key_block[1] - n
+                logits(
+                    q_block[:, :T], k[b, m], tables[m], places[b, g], step, runs, key_block, l, count, width, weights
+                )
+                multiply(v[b, m, n : key_block[1]], grad_block[:, :T], slopes[:block, :T])
+                slopes_of_logits(weights, slopes, block, count, row_max, share, delta)
+                multiply_add(weights[:block, :count], grads[:count], value_slopes[n : key_block[1]])
+                multiply_add(slopes[:block, :count], queries[:count], key_slopes[n : key_block[1]])
+                multiply_add(slopes[:block, :count].T, keys[n : key_block[1]], query_slopes[:count])
                 t = 0
                 while t < count and tables.size:
                     i, j = divmod(l + t, width)
                     stop = min(width, j + count - t)
                     spread_bias(
-                        tables[m], places[b, g], step, runs, some, i, j, stop, slopes, t, table_slopes, dplaces[b, m]
+                        tables[m],
+                        places[b, g],
+                        step,
+                        runs,
+                        key_block,
+                        i,
+                        j,
+                        stop,
+                        slopes,
+                        t,
+                        table_slopes,
+                        dplaces[b, m],
                     )
                     t += stop - j
             copy(query_slopes[:count, :d], factor, dq[b, m, l : l + count])
@@ -296,53 +312,32 @@ def room_for_runs(N, width):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
-    scale: float,
-) -> list[Tensor]:
-    """out (B, h, L, d), and for the backward (B, h, L, 2): the largest logit of each softmax, and its sum."""
+def forward(q, k, v, points, table, query_shape, query_grid, scale) -> list[Tensor]:
+    """As the operator looks."""
     dtype, (B, h) = working_dtype(q), q.shape[:2]
-    out, kept = torch.empty(q.shape, dtype=dtype), torch.empty(*q.shape[:-1], 2, dtype=dtype)
-    places, step, _ = (t.numpy() for t in table_places(points, table, (height, width), centre))
+    out, statistics = torch.empty(q.shape, dtype=dtype), torch.empty(*q.shape[:-1], 2, dtype=dtype)
+    places, step, _ = (t.numpy() for t in table_places(points, table, query_shape, query_grid == "centre"))
     tables = padded_tables(table, h, dtype)
     arrays = as_arrays(dtype, q, k, v)
-    in_parallel(forward_heads, B * h, *arrays, tables, places, step, width, scale, out.numpy(), kept.numpy())
-    return [out.to(q.dtype), kept]
+    in_parallel(
+        forward_heads, B * h, *arrays, tables, places, step, query_shape[1], scale, out.numpy(), statistics.numpy()
+    )
+    return [out.to(q.dtype), statistics]
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
-    scale: float,
-) -> list[Tensor]:
+def backward(grad, out, statistics, q, k, v, points, table, query_shape, query_grid, scale) -> list[Tensor]:
     """Gradients of q, k, v, points and table."""
     dtype = working_dtype(q)
     (B, h), (G, N) = q.shape[:2], points.shape[1:3]
     dq, dk, dv = (torch.empty(t.shape, dtype=dtype) for t in (q, k, v))
     dplaces = torch.zeros(B, h, N, 2, dtype=torch.float64)
     dtables = torch.zeros(B, h, *(table.shape[1:] if table is not None else (0, 0)), dtype=dtype)
-    places, step, size = (t.numpy() for t in table_places(points, table, (height, width), centre))
+    places, step, size = (t.numpy() for t in table_places(points, table, query_shape, query_grid == "centre"))
     tables = padded_tables(table, h, dtype)
-    offsets = torch.linalg.vecdot(grad.to(dtype), out.to(dtype))
-    arrays = as_arrays(dtype, grad, offsets, kept, q, k, v)
+    deltas = torch.linalg.vecdot(grad.to(dtype), out.to(dtype))
+    arrays = as_arrays(dtype, grad, deltas, statistics, q, k, v)
     gradients = (t.numpy() for t in (dq, dk, dv, dplaces, dtables))
-    in_parallel(backward_heads, B * h, *arrays, tables, places, step, width, scale, *gradients)
+    in_parallel(backward_heads, B * h, *arrays, tables, places, step, query_shape[1], scale, *gradients)
     pixels = -(torch.from_numpy(size) - 1) / 4  # of the table, for a unit of a point's position
     by_points = dplaces.unflatten(1, (G, h // G)).sum(2) * pixels / LOG2E  # the table read was in units of log2
     gradients = dq, dk, dv, by_points, *([] if table is None else [dtables.sum(0)])

@@ -1,4 +1,4 @@
-"""Deformable attention on CUDA devices (DAT-9): as `deformable_numba`, with a block of queries to a program.
+"""Deformable attention on CUDA devices (DAT-9): as `deformable_numba`, with a query block to a program.
 
 The bias of a block is read from the table by four gathers while the logits are in registers. Gradients are sums in a
 fixed order: of queries over keys (`slopes_of_queries`), of keys, values and places over queries (`slopes_of_keys`).
@@ -68,11 +68,11 @@ def logits(
 
 @triton.jit
 def forward_program(
-    Q, K, V, table, places, out, kept,
+    Q, K, V, table, places, out, statistics,
     L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of a head: its output, the largest logit and the sum of each softmax."""
+    """A query block of a head: its output, the row maximum and the row sum of each softmax."""
     item = tl.program_id(1).to(tl.int64)
     head = item % h
     places += (item // h * G + head * G // h) * N * 2
@@ -81,47 +81,47 @@ def forward_program(
     q = matrix(Q + item * L * d, queries, columns, L, d, D)
     number = places.dtype.element_ty
     step_i, step_j, scale = tl.full((), step_i, number), tl.full((), step_j, number), tl.full((), scale, number)
-    top = tl.full((BLOCK_L,), float("-inf"), number)
-    bottom, summed = tl.zeros((BLOCK_L,), number), tl.zeros((BLOCK_L, D), number)
+    row_max = tl.full((BLOCK_L,), float("-inf"), number)
+    row_sum, accumulator = tl.zeros((BLOCK_L,), number), tl.zeros((BLOCK_L, D), number)
     for n in range(0, N, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         k, v = matrix(K + item * N * d, keys, columns, N, d, D), matrix(V + item * N * d, keys, columns, N, d, D)
         scores, _, _ = logits(q, k, queries, keys, N, table, places, step_i, step_j, I, J, width, scale, BIAS, EXACT)
-        new = tl.maximum(top, tl.max(scores, 1))
+        new = tl.maximum(row_max, tl.max(scores, 1))
         weights = tl.exp(scores - new[:, None])
-        shrink = tl.exp(top - new)
-        bottom = bottom * shrink + tl.sum(weights, 1)
-        summed = dot(weights.to(v.dtype), v, summed * shrink[:, None], EXACT)
-        top = new
+        rescale = tl.exp(row_max - new)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        accumulator = dot(weights.to(v.dtype), v, accumulator * rescale[:, None], EXACT)
+        row_max = new
     inside = (queries < L)[:, None] & (columns < d)[None, :]
-    tl.store(out + item * L * d + queries[:, None] * d + columns[None, :], summed / bottom[:, None], mask=inside)
-    tl.store(kept + item * L * 2 + queries * 2, top, mask=queries < L)
-    tl.store(kept + item * L * 2 + queries * 2 + 1, bottom, mask=queries < L)
+    tl.store(out + item * L * d + queries[:, None] * d + columns[None, :], accumulator / row_sum[:, None], mask=inside)
+    tl.store(statistics + item * L * 2 + queries * 2, row_max, mask=queries < L)
+    tl.store(statistics + item * L * 2 + queries * 2 + 1, row_sum, mask=queries < L)
 
 
 @triton.jit
 def softmax_slopes(
-    q, k, v, grad, queries, keys, L, N, kept, offset, table, places, step_i, step_j, I, J, width, scale,
+    q, k, v, grad, queries, keys, L, N, statistics, delta, table, places, step_i, step_j, I, J, width, scale,
     BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Weights (queries, keys) and the slopes of their logits, and the places in the table."""
     scores, rows, cols = logits(q, k, queries, keys, N, table, places, step_i, step_j, I, J, width, scale, BIAS, EXACT)
-    top = tl.load(kept + queries * 2, mask=queries < L, other=0.0)
-    bottom = tl.load(kept + queries * 2 + 1, mask=queries < L, other=1.0)
-    weights = tl.exp(scores - top[:, None]) / bottom[:, None]
+    row_max = tl.load(statistics + queries * 2, mask=queries < L, other=0.0)
+    row_sum = tl.load(statistics + queries * 2 + 1, mask=queries < L, other=1.0)
+    weights = tl.exp(scores - row_max[:, None]) / row_sum[:, None]
     weights = tl.where((queries < L)[:, None], weights, 0.0)
     slopes = dot(grad, tl.trans(v), tl.zeros(weights.shape, weights.dtype), EXACT)
-    shift = tl.load(offset + queries, mask=queries < L, other=0.0)
-    return weights, weights * (slopes - shift[:, None]), rows, cols
+    row_delta = tl.load(delta + queries, mask=queries < L, other=0.0)
+    return weights, weights * (slopes - row_delta[:, None]), rows, cols
 
 
 @triton.jit
 def slopes_of_queries(
-    Q, K, V, grad, kept, offset, table, places, dq, largest,
+    Q, K, V, grad, statistics, delta, table, places, dq, largest,
     L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of a head: their gradient, and the largest slope of a logit."""
+    """A query block of a head: its gradient, and the largest slope of a logit."""
     item = tl.program_id(1).to(tl.int64)
     head = item % h
     places += (item // h * G + head * G // h) * N * 2
@@ -131,19 +131,19 @@ def slopes_of_queries(
     g = matrix(grad + item * L * d, queries, columns, L, d, D)
     number = places.dtype.element_ty
     step_i, step_j, scale = tl.full((), step_i, number), tl.full((), step_j, number), tl.full((), scale, number)
-    summed, most = tl.zeros((BLOCK_L, D), number), tl.zeros((BLOCK_L,), number)
+    accumulator, largest_slope = tl.zeros((BLOCK_L, D), number), tl.zeros((BLOCK_L,), number)
     for n in range(0, N, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         k, v = matrix(K + item * N * d, keys, columns, N, d, D), matrix(V + item * N * d, keys, columns, N, d, D)
         _, slopes, _, _ = softmax_slopes(
-            q, k, v, g, queries, keys, L, N, kept + item * L * 2, offset + item * L, table, places,
+            q, k, v, g, queries, keys, L, N, statistics + item * L * 2, delta + item * L, table, places,
             step_i, step_j, I, J, width, scale, BIAS, EXACT,
         )  # fmt: skip
-        most = tl.maximum(most, tl.max(tl.abs(slopes), 1))
-        summed = dot(slopes.to(k.dtype), k, summed, EXACT)
+        largest_slope = tl.maximum(largest_slope, tl.max(tl.abs(slopes), 1))
+        accumulator = dot(slopes.to(k.dtype), k, accumulator, EXACT)
     inside = (queries < L)[:, None] & (columns < d)[None, :]
-    tl.store(dq + item * L * d + queries[:, None] * d + columns[None, :], summed * scale, mask=inside)
-    tl.store(largest + item * tl.num_programs(0) + tl.program_id(0), tl.max(most, 0))
+    tl.store(dq + item * L * d + queries[:, None] * d + columns[None, :], accumulator * scale, mask=inside)
+    tl.store(largest + item * tl.num_programs(0) + tl.program_id(0), tl.max(largest_slope, 0))
 
 
 @triton.jit
@@ -154,11 +154,11 @@ def collect(table, values, inside, quantum):
 
 @triton.jit
 def slopes_of_keys(
-    Q, K, V, grad, kept, offset, table, places, dk, dv, dplaces, counts, quantum,
+    Q, K, V, grad, statistics, delta, table, places, dk, dv, dplaces, counts, quantum,
     L, N, d, h, G, step_i: tl.float64, step_j: tl.float64, I, J, width, scale: tl.float64,
     BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys of a head: gradients of keys, values and places, and what they add to the table's."""
+    """A key block of a head: gradients of keys, values and places, and what they add to the table's."""
     item = tl.program_id(1).to(tl.int64)
     head = item % h
     places += (item // h * G + head * G // h) * N * 2
@@ -176,7 +176,7 @@ def slopes_of_keys(
         q = matrix(Q + item * L * d, queries, columns, L, d, D)
         g = matrix(grad + item * L * d, queries, columns, L, d, D)
         weights, slopes, rows, cols = softmax_slopes(
-            q, k, v, g, queries, keys, L, N, kept + item * L * 2, offset + item * L, table, places,
+            q, k, v, g, queries, keys, L, N, statistics + item * L * 2, delta + item * L, table, places,
             step_i, step_j, I, J, width, scale, BIAS, EXACT,
         )  # fmt: skip
         by_value = dot(tl.trans(weights).to(g.dtype), g, by_value, EXACT)
@@ -201,62 +201,39 @@ def slopes_of_keys(
     tl.store(dplaces + (item * N + keys) * 2 + 1, by_col, mask=keys < N)
 
 
-def common(q, k, points, table, height, width, centre, scale) -> tuple[list, dict, Tensor, Tensor, Tensor]:
+def common(q, k, points, table, query_shape, query_grid, scale) -> tuple[list, dict, Tensor, Tensor, Tensor]:
     """What all programs get: sizes, options, the places in the table, the table, its size."""
     (_, h, L, d), (G, N) = q.shape, points.shape[1:3]
     number = torch.float64 if q.dtype == torch.float64 else torch.float32
-    places, step, size = table_places(points, table, (height, width), centre)
+    places, step, size = table_places(points, table, query_shape, query_grid == "centre")
     places = places.to(number).contiguous()
     entries = places.new_zeros(1) if table is None else table.to(number).contiguous()
     I, J = (0, 0) if table is None else table.shape[1:]
-    sizes = [L, N, d, h, G, *step.tolist(), I, J, width, scale]
+    sizes = [L, N, d, h, G, *step.tolist(), I, J, query_shape[1], scale]
     blocks = {"BLOCK_L": QUERIES, "BLOCK_N": KEYS, "D": max(16, triton.next_power_of_2(d))}
     return sizes, {"BIAS": table is not None, "EXACT": INTERPRETED, **blocks}, places, entries, size
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
-    scale: float,
-) -> list[Tensor]:
-    """out (B, h, L, d), and (B, h, L, 2) that the backward needs."""
-    sizes, options, places, entries, _ = common(q, k, points, table, height, width, centre, scale)
+def forward(q, k, v, points, table, query_shape, query_grid, scale) -> list[Tensor]:
+    """As the operator looks."""
+    sizes, options, places, entries, _ = common(q, k, points, table, query_shape, query_grid, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, kept = torch.empty_like(q), places.new_empty(*q.shape[:-1], 2)
+    out, statistics = torch.empty_like(q), places.new_empty(*q.shape[:-1], 2)
     grid = triton.cdiv(q.shape[2], QUERIES), q.shape[0] * q.shape[1]
-    forward_program[grid](q, k, v, entries, places, out, kept, *sizes, **options)
-    return [out, kept]
+    forward_program[grid](q, k, v, entries, places, out, statistics, *sizes, **options)
+    return [out, statistics]
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    centre: bool,
-    scale: float,
-) -> list[Tensor]:
+def backward(grad, out, statistics, q, k, v, points, table, query_shape, query_grid, scale) -> list[Tensor]:
     """Gradients of q, k, v, points and, if there is one, the table."""
     (B, h, L, _), (G, N) = q.shape, points.shape[1:3]
-    sizes, options, places, entries, size = common(q, k, points, table, height, width, centre, scale)
+    sizes, options, places, entries, size = common(q, k, points, table, query_shape, query_grid, scale)
     q, k, v, grad = (t.contiguous() for t in (q, k, v, grad))
-    offset = (grad.to(places.dtype) * out.to(places.dtype)).sum(-1)
+    delta = (grad.to(places.dtype) * out.to(places.dtype)).sum(-1)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     blocks = triton.cdiv(L, QUERIES)
     largest, dplaces = places.new_empty(B * h, blocks), places.new_empty(B, h, N, 2)
-    inputs = q, k, v, grad, kept, offset, entries, places
+    inputs = q, k, v, grad, statistics, delta, entries, places
     slopes_of_queries[blocks, B * h](*inputs, dq, largest, *sizes, **options)
     counts = torch.zeros(entries.shape, dtype=torch.int64, device=q.device)
     bits = 61 - math.ceil(math.log2(B * L * N))  # so many additions of the largest slope cannot overflow

@@ -1,7 +1,7 @@
-"""Grouped attention on CUDA devices (DGT-2): the queries of a group, a tile at a time, and the keys that it selected.
+"""Grouped attention on CUDA devices (DGT-2): the queries of a group, a block at a time, and the keys that it selected.
 
-A counting sort lists the queries of each head by group. A program of the forward has a group: it reads tiles of the
-group's queries, and the selected keys and values from where they lie. The backward computes the weights again, for a
+A counting sort lists the queries of each head by group. A program of the forward has a group: it reads blocks of
+its queries, and the selected keys and values from where they lie. The backward computes the weights again, for a
 block of selected keys to a program; if that is all of them, the gradient of the queries comes with it.
 
 A key that several groups selected has the sum of their gradients, in the order of the groups: each program writes what
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dynattn.kernels.deformable_triton import dot
-from dynattn.kernels.operators import INTERPRETED, check
+from dynattn.kernels.indices import check
+from dynattn.kernels.operators import INTERPRETED
 
 CHUNK, MARKS = 128, 128  # queries sorted and keys marked by a program
 PROGRAMS = 4096  # of the forward, if there is work for so many: enough for a large GPU
@@ -144,30 +145,30 @@ def write_rows(base, stride, index, inside, d, x):
 
 
 @triton.jit
-def tile_of_queries(order, places, end):
+def query_block_at(order, places, end):
     """The queries at places in the order of their head, and which of these are still of the group."""
     return tl.load(order + places, mask=places < end, other=0).to(tl.int64), places < end
 
 
 @triton.jit
 def forward_program(
-    Q, K, V, Q_strides, K_strides, V_strides, order, ends, selected, lengths, out, kept,
+    Q, K, V, Q_strides, K_strides, V_strides, order, ends, selected, lengths, out, statistics,
     L, d, h, G, n, chunks, parts, scale: tl.float64,
     EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Every parts-th tile of a group's queries: the output, and each softmax's largest logit (for exp2) and sum."""
+    """Every parts-th query block of a group: the output, row maximum (for exp2) and row sum of each softmax."""
     part, group = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     head = group // G
-    number = kept.dtype.element_ty
+    number = statistics.dtype.element_ty
     to_logits = tl.full((), scale, number) * LOG2E
     begin, end = bounds(ends, group, G, chunks)
     length = tl.load(lengths + group).to(tl.int32)
     Q, K, V = Q + start_of(Q_strides, head, h), K + start_of(K_strides, head, h), V + start_of(V_strides, head, h)
     for first in range(begin + part * BLOCK_L, end, parts * BLOCK_L):
-        queries, inside = tile_of_queries(order + head * L, first + tl.arange(0, BLOCK_L), end)
+        queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
-        top = tl.full((BLOCK_L,), float("-inf"), number)
-        bottom, summed = tl.zeros((BLOCK_L,), number), tl.zeros((BLOCK_L, D), number)
+        row_max = tl.full((BLOCK_L,), float("-inf"), number)
+        row_sum, accumulator = tl.zeros((BLOCK_L,), number), tl.zeros((BLOCK_L, D), number)
         for a in range(0, length, BLOCK_N):
             slots = a + tl.arange(0, BLOCK_N)
             near = slots < length
@@ -175,60 +176,60 @@ def forward_program(
             k, v = read_rows(K, K_strides[2], keys, near, d, D), read_rows(V, V_strides[2], keys, near, d, D)
             scores = dot(q, tl.trans(k), tl.zeros((BLOCK_L, BLOCK_N), number), EXACT) * to_logits  # DGT-11
             scores = tl.where(near[None, :], scores, float("-inf"))
-            new = tl.maximum(top, tl.max(scores, 1))
-            weights, shrink = tl.exp2(scores - new[:, None]), tl.exp2(top - new)  # DGT-12
-            bottom = bottom * shrink + tl.sum(weights, 1)
-            summed = dot(weights.to(v.dtype), v, summed * shrink[:, None], EXACT)  # DGT-13
-            top = new
+            new = tl.maximum(row_max, tl.max(scores, 1))
+            weights, rescale = tl.exp2(scores - new[:, None]), tl.exp2(row_max - new)  # DGT-12
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            accumulator = dot(weights.to(v.dtype), v, accumulator * rescale[:, None], EXACT)  # DGT-13
+            row_max = new
         at = head * L + queries
-        write_rows(out, d, at, inside, d, summed / bottom[:, None])
-        tl.store(kept + at * 2, top, mask=inside)
-        tl.store(kept + at * 2 + 1, bottom, mask=inside)
+        write_rows(out, d, at, inside, d, accumulator / row_sum[:, None])
+        tl.store(statistics + at * 2, row_max, mask=inside)
+        tl.store(statistics + at * 2 + 1, row_sum, mask=inside)
 
 
 @triton.jit
-def softmax_of(kept, at, inside, grad, out):
-    """Of each query: the largest logit, one over the sum of its softmax, and what its slopes are relative to."""
-    top = tl.load(kept + at * 2, mask=inside, other=0.0)
-    share = 1 / tl.load(kept + at * 2 + 1, mask=inside, other=1.0)
-    return top, share, tl.sum(grad.to(top.dtype) * out.to(top.dtype), 1)
+def softmax_of(statistics, at, inside, grad, out):
+    """Of each query: the row maximum, one over the row sum, and delta, which its slopes are relative to."""
+    row_max = tl.load(statistics + at * 2, mask=inside, other=0.0)
+    share = 1 / tl.load(statistics + at * 2 + 1, mask=inside, other=1.0)
+    return row_max, share, tl.sum(grad.to(row_max.dtype) * out.to(row_max.dtype), 1)
 
 
 @triton.jit
-def slopes_of_logits(x, y, dx, dy, top, share, shift, read, to_logits, EXACT: tl.constexpr):
+def slopes_of_logits(x, y, dx, dy, row_max, share, delta, read, to_logits, EXACT: tl.constexpr):
     """Weights and the slopes of what the scale is a factor of: (queries, keys), or (keys, queries) with x a key.
 
     Zero where no query reads no key.
     """
-    nothing = tl.zeros(read.shape, top.dtype)
-    weights = tl.exp2(dot(x, tl.trans(y), nothing, EXACT) * to_logits - top) * share  # DGT-11, DGT-12
+    nothing = tl.zeros(read.shape, row_max.dtype)
+    weights = tl.exp2(dot(x, tl.trans(y), nothing, EXACT) * to_logits - row_max) * share  # DGT-11, DGT-12
     weights = tl.where(read, weights, 0.0)
     slopes = dot(dx, tl.trans(dy), nothing, EXACT)  # DGT-16
-    return weights, tl.where(read, weights * (slopes - shift), 0.0)
+    return weights, tl.where(read, weights * (slopes - delta), 0.0)
 
 
 @triton.jit
 def slopes_of_queries(
-    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, kept, order, ends, selected, lengths, dq,
+    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, statistics, order, ends, selected, lengths, dq,
     L, d, h, G, n, chunks, parts, scale: tl.float64,
     EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Every parts-th tile of a group's queries: their gradient, over all keys of the group."""
+    """Every parts-th query block of a group: its gradient, over all keys of the group."""
     part, group = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     head = group // G
-    number = kept.dtype.element_ty
+    number = statistics.dtype.element_ty
     factor = tl.full((), scale, number)
     begin, end = bounds(ends, group, G, chunks)
     length = tl.load(lengths + group).to(tl.int32)
     Q, K, V = Q + start_of(Q_strides, head, h), K + start_of(K_strides, head, h), V + start_of(V_strides, head, h)
     grad += start_of(grad_strides, head, h)
     for first in range(begin + part * BLOCK_L, end, parts * BLOCK_L):
-        queries, inside = tile_of_queries(order + head * L, first + tl.arange(0, BLOCK_L), end)
+        queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         at = head * L + queries
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
         g, z = read_rows(grad, grad_strides[2], queries, inside, d, D), read_rows(out, d, at, inside, d, D)
-        top, share, shift = softmax_of(kept, at, inside, g, z)
-        summed = tl.zeros((BLOCK_L, D), number)
+        row_max, share, delta = softmax_of(statistics, at, inside, g, z)
+        accumulator = tl.zeros((BLOCK_L, D), number)
         for a in range(0, length, BLOCK_N):
             slots = a + tl.arange(0, BLOCK_N)
             near = slots < length
@@ -236,15 +237,15 @@ def slopes_of_queries(
             k, v = read_rows(K, K_strides[2], keys, near, d, D), read_rows(V, V_strides[2], keys, near, d, D)
             read = inside[:, None] & near[None, :]
             _, slopes = slopes_of_logits(
-                q, k, g, v, top[:, None], share[:, None], shift[:, None], read, factor * LOG2E, EXACT
+                q, k, g, v, row_max[:, None], share[:, None], delta[:, None], read, factor * LOG2E, EXACT
             )
-            summed = dot(slopes.to(k.dtype), k, summed, EXACT)  # DGT-14
-        write_rows(dq, d, at, inside, d, summed * factor)
+            accumulator = dot(slopes.to(k.dtype), k, accumulator, EXACT)  # DGT-14
+        write_rows(dq, d, at, inside, d, accumulator * factor)
 
 
 @triton.jit
 def slopes_of_keys(
-    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, kept, order, ends, selected, lengths, dq,
+    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, statistics, order, ends, selected, lengths, dq,
     marks, last, by_group,
     L, S, d, h, G, n, chunks, words, scale: tl.float64,
     WHOLE: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
@@ -256,7 +257,7 @@ def slopes_of_keys(
     blocks = tl.cdiv(n, BLOCK_N)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     head = group // G
-    number = kept.dtype.element_ty
+    number = statistics.dtype.element_ty
     factor = tl.full((), scale, number)
     begin, end = bounds(ends, group, G, chunks)
     slots = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -267,20 +268,20 @@ def slopes_of_keys(
     k, v = read_rows(K, K_strides[2], keys, near, d, D), read_rows(V, V_strides[2], keys, near, d, D)
     by_key, by_value = tl.zeros((BLOCK_N, D), number), tl.zeros((BLOCK_N, D), number)
     for first in range(begin, end, BLOCK_L):
-        queries, inside = tile_of_queries(order + head * L, first + tl.arange(0, BLOCK_L), end)
+        queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         at = head * L + queries
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
         g, z = read_rows(grad, grad_strides[2], queries, inside, d, D), read_rows(out, d, at, inside, d, D)
-        top, share, shift = softmax_of(kept, at, inside, g, z)
+        row_max, share, delta = softmax_of(statistics, at, inside, g, z)
         read = near[:, None] & inside[None, :]
         weights, slopes = slopes_of_logits(
-            k, q, v, g, top[None, :], share[None, :], shift[None, :], read, factor * LOG2E, EXACT
+            k, q, v, g, row_max[None, :], share[None, :], delta[None, :], read, factor * LOG2E, EXACT
         )
         by_value = dot(weights.to(g.dtype), g, by_value, EXACT)  # DGT-17
         by_key = dot(slopes.to(q.dtype), q, by_key, EXACT)  # DGT-15
         if WHOLE:
-            summed = dot(tl.trans(slopes.to(k.dtype)), k, tl.zeros((BLOCK_L, D), number), EXACT)  # DGT-14
-            write_rows(dq, d, at, inside, d, summed * factor)
+            accumulator = dot(tl.trans(slopes.to(k.dtype)), k, tl.zeros((BLOCK_L, D), number), EXACT)  # DGT-14
+            write_rows(dq, d, at, inside, d, accumulator * factor)
     row = rows_of_keys(marks, last, head * S + keys, near, group, S, G, words)
     by_group += head * G * n * 2 * d
     write_rows(by_group, 2 * d, row.to(tl.int64), near, d, by_key * factor)
@@ -345,16 +346,16 @@ def sort_by_group(groups: Tensor, G: int) -> tuple[Tensor, Tensor, int]:
 
 
 def options_for(q: Tensor, G: int, n: int, backward: bool) -> dict[str, int]:
-    """Blocks that registers hold (as sm_90 is compiled for): a tile has about as many queries as a group, at most.
+    """Blocks that registers hold (as sm_90 is compiled for): a query block has about as many as a group, at most.
 
     The backward had better have all keys in a block.
     """
     L, d = q.shape[2:]
     D, keys = (max(16, triton.next_power_of_2(size)) for size in (d, n))
     rows = max(16, 2**13 // D if q.element_size() == 2 else min(32, 2**12 // D))
-    tile = next((tile for tile, least in ((128, 256), (64, 48), (32, 12)) if L >= least * G), 16)
+    queries = next((queries for queries, least in ((128, 256), (64, 48), (32, 12)) if L >= least * G), 16)
     block = keys if backward and keys <= min(128, rows) else min(64, rows, keys)
-    blocks = {"BLOCK_L": min(tile, rows, 32 if backward else 128), "BLOCK_N": block, "D": D}
+    blocks = {"BLOCK_L": min(queries, rows, 32 if backward else 128), "BLOCK_N": block, "D": D}
     return blocks | {"EXACT": INTERPRETED, "num_warps": 4 if D <= 64 else 8}
 
 
@@ -363,44 +364,28 @@ def parts_of(heads: int, G: int, L: int, BLOCK_L: int) -> int:
     return max(1, min(triton.cdiv(PROGRAMS, heads * G), triton.cdiv(L, BLOCK_L)))
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, groups: Tensor, selected: Tensor, lengths: Tensor, scale: float
-) -> list[Tensor]:
-    """out (B, h, L, d), and for the backward (B, h, L, 2): the largest logit of each softmax (for exp2), and its sum.
-
-    Keys are distinct within a group.
-    """
+def forward(q, k, v, groups, selected, lengths, scale) -> list[Tensor]:
+    """As the operator looks; the row maximum is of logits for exp2. Keys are distinct within a group."""
     (B, h, L, d), S, (G, n) = q.shape, k.shape[2], selected.shape[2:]
     groups, selected, lengths = groups.contiguous(), selected.contiguous(), lengths.contiguous()
     check_indices(groups, selected, lengths, S)
     order, ends, chunks = sort_by_group(groups, G)
     tensors, strides = zip(*map(with_rows, (q, k, v)), strict=True)
     out = q.new_empty(q.shape)
-    kept = q.new_empty(B, h, L, 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    statistics = q.new_empty(B, h, L, 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     options = options_for(q, G, n, backward=False)
     parts = parts_of(B * h, G, L, options["BLOCK_L"])
     sizes = L, d, h, G, n, chunks, parts, scale
     inputs = *tensors, *strides, order, ends, selected, lengths
-    forward_program[B * h * G * parts,](*inputs, out, kept, *sizes, **options)
-    return [out, kept]
+    forward_program[B * h * G * parts,](*inputs, out, statistics, *sizes, **options)
+    return [out, statistics]
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: Tensor,
-    selected: Tensor,
-    lengths: Tensor,
-    scale: float,
-) -> list[Tensor]:
+def backward(grad, out, statistics, q, k, v, groups, selected, lengths, scale) -> list[Tensor]:
     """Gradients of q, k and v. Takes memory for 2 G n rows of keys a head."""
     (B, h, L, d), S, (G, n) = q.shape, k.shape[2], selected.shape[2:]
     groups, selected, lengths = groups.contiguous(), selected.contiguous(), lengths.contiguous()
-    out, kept = out.contiguous(), kept.contiguous()
+    out, statistics = out.contiguous(), statistics.contiguous()
     order, ends, chunks = sort_by_group(groups, G)
     words = triton.cdiv(G, WORD.value)
     marks, counts = (torch.zeros(B * h, S, w, dtype=torch.int32, device=q.device) for w in (words, 1))
@@ -411,7 +396,7 @@ def backward(
     tensors, strides = zip(*map(with_rows, (q, k, v, grad)), strict=True)
     dq, dk, dv = (q.new_empty(x.shape) for x in (q, k, v))
     by_group = q.new_empty(B * h, G * n, 2, d)
-    inputs = *tensors, *strides, out, kept, order, ends, selected, lengths, dq
+    inputs = *tensors, *strides, out, statistics, order, ends, selected, lengths, dq
     options = options_for(q, G, n, backward=True)
     whole = options["BLOCK_N"] >= n
     if not whole:

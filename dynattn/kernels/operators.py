@@ -1,10 +1,10 @@
 """From kernels to operators of torch: what every fast path has in common.
 
-An operation with kernels has a file that says how its operator looks (`deformable.py`: shapes of what comes out, FLOPs)
-and a file for each backend (`deformable_numba.py`, `deformable_triton.py`) with
+An operation with kernels has a file that says how its operator looks (`deformable.py`: the signature, shapes of what
+comes out, FLOPs) and a file for each backend (`deformable_numba.py`, `deformable_triton.py`) with
 
-    forward(*inputs) -> (out, *kept)                      kept: what the backward needs besides the inputs
-    backward(grad_out, out, *kept, *inputs) -> one gradient for each input that is a floating tensor, in order
+    forward(*inputs) -> (out, *more)                      more: what the backward needs besides the inputs
+    backward(grad_out, out, *more, *inputs) -> one gradient for each input that is a floating tensor, in order
 
 `operators` makes of them `torch.ops.dynattn.NAME_numba` and `NAME_triton`, which autograd, torch.compile, vmap, the
 FLOP counter and opcheck know. A backend is imported at its first call. Kernels have first derivatives only: those of a
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import signature
+from inspect import Parameter, Signature, signature
 
 import torch
 from torch import Tensor
@@ -64,50 +64,36 @@ def broken(backend: str) -> str | None:
     return _BROKEN.get(backend)
 
 
-def check(name: str, indices: Tensor, least: int, most: int) -> None:
-    """Raise ValueError before memory is read that is not ours."""
-    low, high = (int(beneath(bound)) for bound in torch.aminmax(beneath(indices)))
-    if low < least or high > most:
-        raise ValueError(f"{name}: expected values from {least} to {most}, got {low if low < least else high}")
-
-
-def beneath(tensor: Tensor) -> Tensor:
-    """The numbers themselves of a tensor that a transform of torch.func has wrapped: all of a batch, in some layout."""
-    if transforming():
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def operators(
-    name: str,
-    forward: Callable,
-    backward: Callable,
-    flops: Callable[..., int],
-    file: str,
-    fold: Sequence[int | None],
+    name: str, look: Callable, flops: Callable[..., int], file: str, fold: Sequence[int | None], outputs: Sequence[str]
 ) -> dict[str, Callable]:
     """The custom operators of an operation, by backend.
 
-    forward, backward: annotated like those of the backends, they make empty tensors of the right shape (the "fake"
-    registration). flops: from the shapes of the inputs, of the forward; the backward counts two and a half times that,
-    as torch counts it for attention. file: kernels/FILE_BACKEND.py has the backend. fold: for every input the
+    look: the signature, annotated, and the only place that says it; it makes empty outputs of the right shape (the
+    "fake" registration). flops: from the shapes of the inputs, of the forward; the backward counts two and a half times
+    that, as torch counts it for attention. file: kernels/FILE_BACKEND.py has the backend. fold: for every input the
     dimension that a batch of vmap is folded into, None for what is no tensor; the outputs have that of the first.
+    outputs: names of the outputs.
     """
     return {
-        backend: _operator(name, f"{name}_{backend}", forward, backward, flops, f"{file}_{backend}", fold)
+        backend: _operator(name, f"{name}_{backend}", look, flops, f"{file}_{backend}", fold, outputs)
         for backend in BACKENDS
     }
 
 
-def function(name: str, fake: Callable, file: str, fold: Sequence[int | None]) -> Callable:
-    """The custom operator, without gradients, of a function `name` in kernels/FILE.py; it looks like `fake`."""
-    return _define(name, fake, file, name, fold)
+def forms(table: dict[str, Callable]) -> dict[str, Callable]:
+    """Operators, by backend, as forms of an operation that has the same inputs: each puts out its first output."""
+    return {backend: lambda *inputs, backend=backend: apply(table[backend], *inputs)[0] for backend in table}
+
+
+def function(name: str, look: Callable, file: str, fold: Sequence[int | None]) -> Callable:
+    """The custom operator, without gradients, of a function `name` in kernels/FILE.py."""
+    return _define(name, look, file, name, fold)
 
 
 def apply(operator: Callable, *inputs: object) -> list[Tensor]:
@@ -120,8 +106,8 @@ def has_plain_form(name: str, form: Callable) -> None:
     _PLAIN[name] = form
 
 
-def _define(name: str, fake: Callable, file: str, function: str, fold: Sequence[int | None] | None) -> Callable:
-    """A custom operator of torch that looks like `fake` and does what a function of kernels/FILE.py does.
+def _define(name: str, look: Callable, file: str, function: str, fold: Sequence[int | None] | None) -> Callable:
+    """A custom operator of torch that looks like `look` and does what a function of kernels/FILE.py does.
 
     As torch.library.custom_op, without its wrapper, which imports torch's compiler, for seconds, at the first call.
     """
@@ -130,9 +116,9 @@ def _define(name: str, fake: Callable, file: str, function: str, fold: Sequence[
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current GPU; nothing for other tensors
             return getattr(import_module(f"dynattn.kernels.{file}"), function)(*arguments)
 
-    LIBRARY.define(name + torch.library.infer_schema(fake, mutates_args=()))
+    LIBRARY.define(name + torch.library.infer_schema(look, mutates_args=()))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dynattn::{name}", fake)
+    torch.library.register_fake(f"dynattn::{name}", look)
     operator = getattr(torch.ops.dynattn, name).default
     if fold is not None:
         rule = lambda info, dims, *inputs: _folded(operator, fold, info.batch_size, dims, inputs)  # noqa: E731
@@ -151,19 +137,36 @@ def _folded(
         x = x.unsqueeze(into).expand(*x.shape[:into], size, *x.shape[into:]) if dim is None else x.movedim(dim, into)
         return x.flatten(into, into + 1)
 
-    outputs = operator(*(folded(*one) for one in zip(inputs, dims, fold, strict=True)))
+    outputs = operator(*(folded(*how) for how in zip(inputs, dims, fold, strict=True)))
     several = isinstance(outputs, list | tuple)
     unfolded = [x.unflatten(fold[0], (size, -1)) for x in (outputs if several else [outputs])]
     return (tuple(unfolded), (fold[0],) * len(unfolded)) if several else (unfolded[0], fold[0])
 
 
+def _differentiable(value: object) -> bool:
+    """Whether the backward of an operator has a gradient for an input."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _look_of_backward(look: Callable, outputs: Sequence[str]) -> Callable:
+    """How the backward looks: it gets the gradient of the first output, all outputs and all inputs."""
+
+    def empty_gradients(grad, *values):
+        return [x.new_empty(x.shape) for x in values[len(outputs) :] if _differentiable(x)]
+
+    given = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for name in ("grad", *outputs)]
+    inputs = signature(look).parameters.values()
+    empty_gradients.__signature__ = Signature([*given, *inputs], return_annotation=list[Tensor])
+    return empty_gradients
+
+
 def _operator(
-    operation: str, name: str, forward: Callable, backward: Callable, flops: Callable, file: str, fold: Sequence
+    operation: str, name: str, look: Callable, flops: Callable, file: str, fold: Sequence, outputs: Sequence[str]
 ) -> Callable:
     """The operator of a forward pass, with its derivatives."""
-    arity = len(signature(forward).parameters)
-    ahead = _define(name, forward, file, "forward", fold)
-    back = _define(f"{name}_backward", backward, file, "backward", fold=None)
+    arity = len(signature(look).parameters)
+    ahead = _define(name, look, file, "forward", fold)
+    back = _define(f"{name}_backward", _look_of_backward(look, outputs), file, "backward", fold=None)
 
     def keep(ctx, inputs, output):
         values = (*output, *inputs)
@@ -178,8 +181,7 @@ def _operator(
             wanted = [bool(want) for want in ctx.needs_input_grad[:arity]]
             return tuple(differentiable_gradients(_PLAIN[operation], grads[0], saved[-arity:], wanted))
         found = iter(back(grads[0], *saved))
-        learns = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
-        return tuple(next(found) if learns(x) else None for x in saved[-arity:])
+        return tuple(next(found) if _differentiable(x) else None for x in saved[-arity:])
 
     def refuse(ctx, *grads):
         raise RuntimeError(

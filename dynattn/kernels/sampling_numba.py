@@ -80,7 +80,7 @@ def backward_items(begin, end, grad, x, points, dx, dplaces):
                 dplaces[b, block, n, 1] += slope * (after * edges[n, 3] - before * edges[n, 2])
 
 
-def forward(x: Tensor, points: Tensor) -> list[Tensor]:
+def forward(x, points) -> list[Tensor]:
     """out (B, C, N)."""
     dtype = working_dtype(x)
     B, C, N = *x.shape[:2], points.shape[1]
@@ -89,7 +89,7 @@ def forward(x: Tensor, points: Tensor) -> list[Tensor]:
     return [out.to(x.dtype)]
 
 
-def backward(grad: Tensor, out: Tensor, x: Tensor, points: Tensor) -> list[Tensor]:
+def backward(grad, out, x, points) -> list[Tensor]:
     """Gradients of x and points."""
     dtype = working_dtype(x)
     (B, C, H, W), N = x.shape, points.shape[1]

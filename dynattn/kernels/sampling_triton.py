@@ -92,7 +92,7 @@ def precise(points: Tensor, x: Tensor) -> Tensor:
     return points.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 
 
-def forward(x: Tensor, points: Tensor) -> list[Tensor]:
+def forward(x, points) -> list[Tensor]:
     """out (B, C, N)."""
     (B, C, H, W), N = x.shape, points.shape[1]
     out = x.new_empty(B, C, N)
@@ -101,7 +101,7 @@ def forward(x: Tensor, points: Tensor) -> list[Tensor]:
     return [out]
 
 
-def backward(grad: Tensor, out: Tensor, x: Tensor, points: Tensor) -> list[Tensor]:
+def backward(grad, out, x, points) -> list[Tensor]:
     """Gradients of x and points."""
     (B, C, H, W), N = x.shape, points.shape[1]
     x, grad, sizes = x.contiguous(), grad.contiguous(), (C, N, H, W)

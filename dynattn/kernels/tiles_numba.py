@@ -1,7 +1,9 @@
-"""Attention of a tile of queries to a block of keys on the CPU: what the kernels of all mechanisms do in the same way.
+"""A query block meets a key block on the CPU: what the attention kernels of all mechanisms do in the same way.
 
 Logits stand as (keys, queries) in units of log2, a query in each lane, so that the softmax runs over whole vectors.
-Of a softmax so far are known its largest logit (`top`) and its sum (`bottom`), as in flash attention.
+The words are those of flash attention. A row holds the logits of one query. Of its softmax are known, of the key blocks
+so far, the row maximum and the row sum; the log-sum-exp is row_max + log2(row_sum). A larger logit rescales what is
+accumulated. In the backward pass the delta of a row is the product of its output and its gradient.
 """
 
 import math
@@ -18,7 +20,10 @@ from dynattn.kernels.simd import (
     store,
 )
 
-QUERIES, KEYS = 96, 72  # of a tile and of a block: whole register blocks of the matrix product; logits of 32 KiB
+QUERIES, KEYS = (
+    96,
+    72,
+)  # of a query block, of a key block: whole register blocks of the matrix product, 32 KiB of logits
 ROOM = QUERIES + LANES  # numbers in a row of logits: vectors may write over the end
 LOG2E = math.log2(math.e)
 LOWEST = -3e38  # below every logit
@@ -33,42 +38,42 @@ def copy(source, factor, target):
 
 
 @compiled
-def add_block(scores, block, count, values, top, bottom, decay, summed, first):
-    """Let `count` queries read a block of keys: scores (keys, queries) become weights, summed (queries, D) grows.
+def add_block(scores, block, count, values, row_max, row_sum, rescale, accumulator, first):
+    """Let `count` queries read a key block: scores (keys, queries) become weights, accumulator (queries, D) grows.
 
-    With `first` nothing has been read before, and what stands in top, bottom and summed does not matter.
+    With `first` nothing has been read before, and what stands in row_max, row_sum and accumulator does not matter.
     """
     lanes = lanes_of(scores)
     if first:
-        top[:], bottom[:] = LOWEST, 0
+        row_max[:], row_sum[:] = LOWEST, 0
     for t in range(0, count, lanes):
-        old = load(top, t)
+        old = load(row_max, t)
         new = old
         for a in range(block):
             new = maximum(new, load(scores, (a, t)))
-        sum_ = ramp(top, 0, 0)
+        sum_ = ramp(row_max, 0, 0)
         for a in range(block):
             weight = exp2(load(scores, (a, t)) - new)
             store(scores, (a, t), weight)
             sum_ = sum_ + weight
-        shrink = exp2(old - new)
-        store(top, t, new)
-        store(decay, t, shrink)
-        store(bottom, t, load(bottom, t) * shrink + sum_)
+        factor = exp2(old - new)
+        store(row_max, t, new)
+        store(rescale, t, factor)
+        store(row_sum, t, load(row_sum, t) * factor + sum_)
     for t in range(0 if first else count):
-        if decay[t] != 1:
-            for c in range(0, summed.shape[1], lanes):
-                store(summed, (t, c), load(summed, (t, c)) * decay[t])
-    product(scores[:block, :count].T, values, summed[:count], not first)
+        if rescale[t] != 1:
+            for c in range(0, accumulator.shape[1], lanes):
+                store(accumulator, (t, c), load(accumulator, (t, c)) * rescale[t])
+    product(scores[:block, :count].T, values, accumulator[:count], not first)
 
 
 @compiled
-def slopes_of_logits(weights, slopes, block, count, top, share, offset):
-    """Logits S to weights P = exp(S - top) share, slopes dP by the weights to slopes P (dP - offset) by the logits."""
+def slopes_of_logits(weights, slopes, block, count, row_max, share, delta):
+    """Logits S become weights P = exp(S - row_max) share; their slopes dP those of the logits, P (dP - delta)."""
     lanes = lanes_of(weights)
     for t in range(0, count, lanes):
-        largest, by, shift = load(top, t), load(share, t), load(offset, t)
+        maximum_, share_, delta_ = load(row_max, t), load(share, t), load(delta, t)
         for a in range(block):
-            weight = exp2(load(weights, (a, t)) - largest) * by
+            weight = exp2(load(weights, (a, t)) - maximum_) * share_
             store(weights, (a, t), weight)
-            store(slopes, (a, t), weight * (load(slopes, (a, t)) - shift))
+            store(slopes, (a, t), weight * (load(slopes, (a, t)) - delta_))

@@ -24,7 +24,7 @@ class SpatialReductionAttention(nn.Module):
     attn_drop: the share of the attention weights that training drops.
     """
 
-    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(core.dense_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, ratio: int, *, depthwise: bool = False, attn_drop: float = 0.0):
         super().__init__()
@@ -128,7 +128,7 @@ class CrossShapedWindowAttention(nn.Module):
     training drops. Source: arXiv 2107.00652, section 3.2.
     """
 
-    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(core.dense_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, stripe: int, *, attn_drop: float = 0.0):
         super().__init__()

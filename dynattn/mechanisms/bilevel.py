@@ -25,14 +25,7 @@ from dynattn.kernels import grouped as kernel
 from dynattn.kernels import operators
 
 
-def routed_attention_loops(
-    q: Float[Tensor, "B h R Tq d"],
-    k: Float[Tensor, "B h S Tk d"],
-    v: Float[Tensor, "B h S Tk d"],
-    routes: Int[Tensor, "B R n"],
-    key_mask: Bool[Tensor, "B S Tk"] | None,
-    scale: float,
-) -> Float[Tensor, "B h R Tq d"]:
+def routed_attention_loops(q, k, v, routes, key_mask, scale):
     """DEBI-11 and DEBI-2, one query, one key and one channel at a time."""
     (B, h, R, Tq, d), Tk = q.shape, k.shape[3]
     z = []
@@ -48,14 +41,7 @@ def routed_attention_loops(
     return torch.stack(z).reshape(B, h, R, Tq, d)
 
 
-def routed_attention_torch(
-    q: Float[Tensor, "B h R Tq d"],
-    k: Float[Tensor, "B h S Tk d"],
-    v: Float[Tensor, "B h S Tk d"],
-    routes: Int[Tensor, "B R n"],
-    key_mask: Bool[Tensor, "B S Tk"] | None,
-    scale: float,
-) -> Float[Tensor, "B h R Tq d"]:
+def routed_attention_torch(q, k, v, routes, key_mask, scale):
     """DEBI-11 by copies of whole regions, then one dense attention for each region of queries (DEBI-2)."""
     (B, h, R), S, n = q.shape[:3], k.shape[2], routes.shape[2]
     head = torch.arange(B * h, device=q.device).reshape(B, h, 1, 1)
@@ -110,18 +96,12 @@ def _kernel(backend: str) -> Callable:
     return form
 
 
-FORMS = {
-    "loops": routed_attention_loops,
-    "torch": routed_attention_torch,
-    "numba": _kernel("numba"),
-    "triton": _kernel("triton"),
-}
+KERNELS = {backend: _kernel(backend) for backend in kernel.OPERATORS}
 
 
 def check_values(routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] | None, S: int) -> None:
     """Raise ValueError unless routes, in [0, S), are distinct and each row of them has a key to read."""
-    twice = "routes: expected distinct regions for every region of queries, got one twice"
-    core.require(kernel.distinct(routes, S), twice)
+    core.check_distinct("routes", routes, S, "regions for every region of queries")
     if key_mask is None:
         return
     has_key = key_mask.any(dim=-1).gather(1, routes.flatten(1)).reshape(routes.shape).any(dim=-1)  # (B, R)
@@ -133,6 +113,7 @@ def check_values(routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] 
         raise ValueError(f"key_mask: expected a key that may be read for every region of queries, got none for {where}")
 
 
+@core.operation(loops=routed_attention_loops, torch=routed_attention_torch, **KERNELS, pays=kernel.pays)
 def routed_attention(
     q: Float[Tensor, "B h R Tq d"],
     k: Float[Tensor, "B h S Tk d"],
@@ -163,5 +144,5 @@ def routed_attention(
         if tuple(key_mask.shape) != (B, S, Tk):
             raise ValueError(f"key_mask: expected shape {(B, S, Tk)}, got {tuple(key_mask.shape)}")
     check_values(routes, key_mask, S)
-    form = core.form_of("routed_attention", impl, FORMS, q, kernel.pays)
-    return form(q, k, v, routes, key_mask, core.scale_or_default(scale, sizes["d"]))
+    scale = core.scale_or_default(scale, sizes["d"])
+    return routed_attention.forms.run(impl, q, k, v, routes, key_mask, scale)

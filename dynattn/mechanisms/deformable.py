@@ -18,7 +18,6 @@ Cost (DAT-10), N_s points, k the kernel of the offset network:
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +34,7 @@ from dynattn.kernels import operators
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def deformable_attention_loops(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h N d"],
-    v: Float[Tensor, "B h N d"],
-    points: Float[Tensor, "B g N 2"],
-    table: Float[Tensor, "h I J"] | None,
-    query_shape: tuple[int, int],
-    query_grid: str,
-    scale: float,
-) -> Float[Tensor, "B h L d"]:
+def deformable_attention_loops(q, k, v, points, table, query_shape, query_grid, scale):
     """DAT-9 one query, one point and one channel at a time."""
     (B, h, L, d), (G, N) = q.shape, points.shape[1:3]
     queries = core.grid_points(query_shape, query_grid, points)
@@ -83,17 +73,7 @@ def relative_bias(
     return rearrange(bias, "(B g) m L N -> B (g m) L N", B=B)
 
 
-def deformable_attention_torch(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h N d"],
-    v: Float[Tensor, "B h N d"],
-    points: Float[Tensor, "B g N 2"],
-    table: Float[Tensor, "h I J"] | None,
-    query_shape: tuple[int, int],
-    query_grid: str,
-    scale: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B h L d"]:
+def deformable_attention_torch(q, k, v, points, table, query_shape, query_grid, scale, dropout=0.0):
     """DAT-9 as dense attention to the sampled keys, with the bias read by grid_sample."""
     bias = None if table is None else relative_bias(points, table, query_shape, query_grid)
     return core.dense_attention_torch(q, k, v, bias, scale, dropout)
@@ -104,29 +84,16 @@ def deformable_attention_torch(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _kernel(backend: str) -> Callable:
-    """The operator of a backend as a form."""
-
-    def form(q, k, v, points, table, query_shape, query_grid, scale):
-        inputs = q, k, v, points, table, *query_shape, query_grid == "centre", scale
-        return operators.apply(kernel.OPERATORS[backend], *inputs)[0]
-
-    return form
+operators.has_plain_form("deformable_attention", deformable_attention_torch)
 
 
-FORMS = {
-    "loops": deformable_attention_loops,
-    "torch": deformable_attention_torch,
-    "numba": _kernel("numba"),
-    "triton": _kernel("triton"),
-}
+def pays(backend: str, q: Tensor, k: Tensor, *_) -> bool:
+    """Whether a kernel is the faster form, by the pairs of a query and a key."""
+    (B, h, L, _), N = q.shape, k.shape[2]
+    return kernel.pays(backend, B * h * L * N)
 
 
-operators.has_plain_form(
-    kernel.NAME, lambda *x: deformable_attention_torch(*x[:5], x[5:7], "centre" if x[7] else "corner", x[8])
-)
-
-
+@core.operation(loops=deformable_attention_loops, torch=deformable_attention_torch, **kernel.FORMS, pays=pays)
 def deformable_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h N d"],
@@ -153,10 +120,9 @@ def deformable_attention(
     sizes = core.bind({"L": H * W}, **shapes, **({} if table is None else {"table": (table, "h I J")}))
     if sizes["h"] % sizes["g"]:
         raise ValueError(f"points: expected a number of groups that divides {sizes['h']} heads, got {sizes['g']}")
-    pairs = sizes["B"] * sizes["h"] * H * W * sizes["N"]
-    form = core.form_of("deformable_attention", impl, FORMS, q, lambda backend: kernel.pays(backend, pairs))
     scale = core.scale_or_default(scale, sizes["d"])
-    return form(q, k, v, points, table, (H, W), query_grid, scale).to(q.dtype)  # under autocast forms differ
+    z = deformable_attention.forms.run(impl, q, k, v, points, table, (H, W), query_grid, scale)
+    return z.to(q.dtype)  # under autocast forms differ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +168,7 @@ class DeformableAttention(nn.Module):
     attn_drop: the share of the attention weights that training drops, always in the torch form.
     """
 
-    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(deformable_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(
         self,
@@ -245,7 +211,7 @@ class DeformableAttention(nn.Module):
             self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         elif position_bias is not None:
             (H, W), relative = self.map_size, position_bias == "relative"
-            self.forms = tuple(FORMS if relative else core.DENSE_ATTENTION)
+            self.forms = tuple((deformable_attention if relative else core.dense_attention).forms)
             size = (2 * H - 1, 2 * W - 1) if relative else (H * W, -(-H // stride) * -(-W // stride))
             self.table = nn.Parameter(torch.empty(heads, *size))
             nn.init.trunc_normal_(self.table, std=0.01)

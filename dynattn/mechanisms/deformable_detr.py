@@ -23,9 +23,7 @@ from dynattn import core, tracing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def detr_attention_loops(
-    v: Float[Tensor, "B h d H W"], points: Float[Tensor, "B h L K 2"], weights: Float[Tensor, "B h L K"]
-) -> Float[Tensor, "B h L d"]:
+def detr_attention_loops(v, points, weights):
     """DAT-11 one query, one point and one channel at a time."""
     (B, h, d, H, W), (L, K) = v.shape, points.shape[2:4]
     z = []
@@ -43,9 +41,7 @@ def detr_attention_loops(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def detr_attention_torch(
-    v: Float[Tensor, "B h d H W"], points: Float[Tensor, "B h L K 2"], weights: Float[Tensor, "B h L K"]
-) -> Float[Tensor, "B h L d"]:
+def detr_attention_torch(v, points, weights):
     """DAT-11: sample all points of all queries, then sum over K."""
     B, h, _, _, _ = v.shape
     sampled = core.sample_points(v.flatten(0, 1), rearrange(points, "B h L K two -> (B h) (L K) two"))
@@ -57,9 +53,8 @@ def detr_attention_torch(
 # 3. The operation
 # ---------------------------------------------------------------------------------------------------------------------
 
-FORMS = {"loops": detr_attention_loops, "torch": detr_attention_torch}
 
-
+@core.operation(loops=detr_attention_loops, torch=detr_attention_torch)
 def detr_attention(
     v: Float[Tensor, "B h d H W"],
     points: Float[Tensor, "B h L K 2"],
@@ -74,7 +69,7 @@ def detr_attention(
     Source: DAT appendix A, equation 11.
     """
     core.bind(v=(v, "B h d H W"), points=(points, "B h L K 2"), weights=(weights, "B h L K"))
-    return core.form_of("detr_attention", impl, FORMS, v)(v, points, weights)
+    return detr_attention.forms.run(impl, v, points, weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +84,7 @@ class DeformableDetrAttention(nn.Module):
     attn_drop: the share of the weights that training drops.
     """
 
-    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(detr_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, points: int, *, attn_drop: float = 0.0):
         super().__init__()

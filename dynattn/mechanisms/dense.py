@@ -24,7 +24,7 @@ class DenseAttention(nn.Module):
     weights that training drops. Source: DGT section 3.3, stage 4 (GSA).
     """
 
-    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(core.dense_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, *, cosine: bool = False, attn_drop: float = 0.0):
         super().__init__()

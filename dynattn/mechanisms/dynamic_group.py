@@ -62,14 +62,7 @@ def select_loops(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"],
     return torch.tensor(selected).reshape(B, h, G, n)
 
 
-def grouped_attention_loops(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h S d"],
-    v: Float[Tensor, "B h S d"],
-    groups: Int[Tensor, "B h L"],
-    selected: Int[Tensor, "B h G n"],
-    scale: float,
-) -> Float[Tensor, "B h L d"]:
+def grouped_attention_loops(q, k, v, groups, selected, scale):
     """DGT-2, that is DGT-11 to DGT-13, one query, one key and one channel at a time."""
     B, h, L, d = q.shape
     Y = []
@@ -105,15 +98,7 @@ def select_torch(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"],
     return likes.argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
 
 
-def grouped_attention_torch(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h S d"],
-    v: Float[Tensor, "B h S d"],
-    groups: Int[Tensor, "B h L"],
-    selected: Int[Tensor, "B h G n"],
-    scale: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B h L d"]:
+def grouped_attention_torch(q, k, v, groups, selected, scale, dropout=0.0):
     """DGT-2 in tiles: queries sorted by group, each group cut into tiles of 32, each tile with its group's keys."""
     return kernel.in_tiles(q, k, v, groups, selected, None, scale, dropout)
 
@@ -168,11 +153,17 @@ def _kernel(backend: str) -> Callable:
     return form
 
 
-ASSIGN = {"loops": assign_loops, "torch": assign_torch, "numba": kernel.ASSIGN, "triton": kernel.ASSIGN_TRITON}
-SELECT = {"loops": select_loops, "torch": select_torch, "numba": kernel.SELECT, "triton": kernel.SELECT_TRITON}
-FORMS = {"loops": grouped_attention_loops, "torch": grouped_attention_torch} | {b: _kernel(b) for b in kernel.OPERATORS}
+KERNELS = {backend: _kernel(backend) for backend in kernel.OPERATORS}
+# Groups and keys have no gradient, hence these are no operations of `ops`; but which form runs is chosen in one way.
+ASSIGN = core.Forms(
+    "assign", kernel.pays, loops=assign_loops, torch=assign_torch, numba=kernel.ASSIGN, triton=kernel.ASSIGN_TRITON
+)
+SELECT = core.Forms(
+    "select", kernel.pays, loops=select_loops, torch=select_torch, numba=kernel.SELECT, triton=kernel.SELECT_TRITON
+)
 
 
+@core.operation(loops=grouped_attention_loops, torch=grouped_attention_torch, **KERNELS, pays=kernel.pays)
 def grouped_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h S d"],
@@ -197,21 +188,9 @@ def grouped_attention(
     G, n = selected.shape[2:]
     core.check_indices("groups", groups, q, (B, h, L), G)
     core.check_indices("selected", selected, q, (B, h, G, n), S)
-    core.require(kernel.distinct(selected, S), "selected: expected distinct keys in every group, got one twice")
-    return attend(q, k, v, groups, selected, core.scale_or_default(scale, sizes["d"]), impl)
-
-
-def attend(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h S d"],
-    v: Float[Tensor, "B h S d"],
-    groups: Int[Tensor, "B h L"],
-    selected: Int[Tensor, "B h G n"],
-    scale: float,
-    impl: str,
-) -> Float[Tensor, "B h L d"]:
-    """The operation, of groups and keys that need no check."""
-    return core.form_of("grouped_attention", impl, FORMS, q, kernel.pays)(q, k, v, groups, selected, scale)  # DGT-2
+    core.check_distinct("selected", selected, S, "keys in every group")
+    scale = core.scale_or_default(scale, sizes["d"])
+    return grouped_attention.forms.run(impl, q, k, v, groups, selected, scale)  # DGT-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +213,7 @@ class DynamicGroupAttention(nn.Module):
     in float32 or better. Inside transforms of torch.func nothing is added to the sums.
     """
 
-    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(grouped_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(
         self,
@@ -279,7 +258,7 @@ class DynamicGroupAttention(nn.Module):
         elif self.training and self.attn_drop:
             z = grouped_attention_torch(q, k, v, groups, selected, scale, self.attn_drop)
         else:
-            z = attend(q, k, v, groups, selected, scale, self.implementation)
+            z = grouped_attention.forms.run(self.implementation, q, k, v, groups, selected, scale)  # DGT-2
         if tracing.recording():
             tracing.keep(self, DynamicGroupRecord(q, k, v, z, groups, selected, scale, shape, self.as_printed))
         return self.proj(core.merge_heads(z, shape))
@@ -293,9 +272,9 @@ class DynamicGroupAttention(nn.Module):
         autocast = torch.amp.is_autocast_available(q.device.type)  # not where tensors have no numbers: "meta"
         with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
-            groups = core.form_of("assign", self.implementation, ASSIGN, q, kernel.pays)(q, e)
+            groups = ASSIGN.run(self.implementation, q, e)
             n = core.smaller(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time
-            selected = core.form_of("select", self.implementation, SELECT, k, kernel.pays)(k, e, n)  # DGT-1
+            selected = SELECT.run(self.implementation, k, e, n)  # DGT-1
             if self.training and core.counts():
                 self.collect(q, groups)
         return groups, selected

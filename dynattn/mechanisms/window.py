@@ -29,16 +29,7 @@ def shift_of(side: int, w: int, s: int) -> int:
     return s * core.smaller(1, (side - 1) // w)
 
 
-def window_attention_loops(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h L d"],
-    v: Float[Tensor, "B h L d"],
-    table: Float[Tensor, "h I J"] | None,
-    shape: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
-) -> Float[Tensor, "B h L d"]:
+def window_attention_loops(q, k, v, table, shape, window, shift, scale):
     """The three lines of the header, one query and one key at a time."""
     (B, h, L, d), (H, W) = q.shape, shape
 
@@ -169,16 +160,7 @@ class Layout:
         return core.dense_attention(q, k, v, bias=bias, scale=scale, impl=impl)  # DAT-2
 
 
-def window_attention_torch(
-    q: Float[Tensor, "B h L d"],
-    k: Float[Tensor, "B h L d"],
-    v: Float[Tensor, "B h L d"],
-    table: Float[Tensor, "h I J"] | None,
-    shape: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
-) -> Float[Tensor, "B h L d"]:
+def window_attention_torch(q, k, v, table, shape, window, shift, scale):
     """Cut the maps into windows, attend in each, join them again."""
     layout, (B, h) = Layout(shape, window, shift), q.shape[:2]
     q, k, v = (rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v))
@@ -189,8 +171,6 @@ def window_attention_torch(
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The operation
 # ---------------------------------------------------------------------------------------------------------------------
-
-FORMS = {"loops": window_attention_loops, "torch": window_attention_torch}
 
 
 def check_shift(shift: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
@@ -204,6 +184,7 @@ def check_shift(shift: int | tuple[int, int], window: tuple[int, int]) -> tuple[
     return both
 
 
+@core.operation(loops=window_attention_loops, torch=window_attention_torch)
 def window_attention(
     q: Float[Tensor, "B h L d"],
     k: Float[Tensor, "B h L d"],
@@ -229,8 +210,8 @@ def window_attention(
     if table is not None:
         shapes["table"] = (table, f"h {2 * window[0] - 1} {2 * window[1] - 1}")
     sizes = core.bind({"L": H * W}, **shapes)
-    form = core.form_of("window_attention", impl, FORMS, q)
-    return form(q, k, v, table, (H, W), window, shift, core.scale_or_default(scale, sizes["d"]))
+    scale = core.scale_or_default(scale, sizes["d"])
+    return window_attention.forms.run(impl, q, k, v, table, (H, W), window, shift, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +226,7 @@ class WindowAttention(nn.Module):
     attention weights that training drops. Source: DAT section 3.3.
     """
 
-    implementation, forms = "auto", tuple(FORMS)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(window_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, window: int, shift: int = 0, *, attn_drop: float = 0.0):
         super().__init__()

@@ -298,8 +298,8 @@ def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[in
     values = [value] * count if isinstance(value, int) else value
     if not isinstance(values, Sequence) or len(values) < count:
         raise ValueError(f"{name}: expected a number, or {count}, one for each stage that groups, got {value!r}")
-    for one in values:
-        core.positive(name, one)
+    for number in values:
+        core.positive(name, number)
     return values
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from dynattn.models import entries
 from dynattn.models.loading import load_trained
 
-__all__ = ["check_name", "create_model", "list_models", "load_trained", "recipe_of", "register_model"]
+__all__ = ["check_name", "create_model", "list_models", "load_trained", "build_of", "register_model"]
 
 _REGISTERED: dict[str, tuple[Callable[..., nn.Module], dict]] = {}
 
@@ -55,7 +55,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def recipe_of(name: str) -> tuple[Callable[..., nn.Module], dict]:
+def build_of(name: str) -> tuple[Callable[..., nn.Module], dict]:
     """What builds a model, and the keyword arguments that make it this one."""
     build, arguments = _REGISTERED[check_name(name)]
     return build, dict(arguments)
@@ -79,7 +79,7 @@ def create_model(
     `timm.create_model` makes the same model, with timm's own arguments besides.
     Raises ValueError (unknown name: the nearest are suggested), TypeError (an argument that the model does not have).
     """
-    build, arguments = recipe_of(name)
+    build, arguments = build_of(name)
     given = dict(num_classes=num_classes, img_size=img_size, variant=variant)
     wanted = {key: value for key, value in given.items() if value is not None} | options
     entries.check_options(name, build, wanted)

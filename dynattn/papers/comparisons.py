@@ -2,5 +2,5 @@
 
 from dynattn.training import Recipe, register_recipe
 
-register_recipe("swin_mini", Recipe("swin_mini"))
-register_recipe("vit_mini", Recipe("vit_mini"))
+register_recipe("swin_mini", Recipe("swin_mini"), seeds=[0])
+register_recipe("vit_mini", Recipe("vit_mini"), seeds=[0])

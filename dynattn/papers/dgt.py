@@ -41,12 +41,14 @@ cost.register(
 SWEEP = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (1, 4, 2)}  # smaller than the minis, at 64 pixels
 
 # The paper's tau, a tenth of the learning rate, lets 19 time constants pass in its 300 epochs. Here too, by the pace.
-register_recipe("dgt_mini", Recipe("dgt_mini", pace=400.0))
+register_recipe("dgt_mini", Recipe("dgt_mini", pace=400.0), seeds=[0, 1, 2])
 for G, k in ((8, 64), (4, 64), (8, 32)):  # Table 4(b) in small: G groups, k keys of the finest map, and each halved
     options = SWEEP | {"groups": G, "keys": (k, k // 4)}
-    register_recipe(f"dgt_sweep_g{G}k{k}", Recipe("dgt_mini", options, size=64, steps=400, pace=500.0))
+    recipe = Recipe("dgt_mini", options, size=64, steps=400, pace=500.0)
+    register_recipe(f"dgt_sweep_g{G}k{k}", recipe, seeds=[0, 1, 2])
 # The first of these where objects are textured and pieces of others lie about. It takes longer to learn.
 cluttered = SWEEP | {"groups": 8, "keys": (64, 16)}
-register_recipe("dgt_cluttered", Recipe("dgt_mini", cluttered, level="cluttered", size=64, steps=800, pace=250.0))
+recipe = Recipe("dgt_mini", cluttered, level="cluttered", size=64, steps=800, pace=250.0)
+register_recipe("dgt_cluttered", recipe, seeds=[0])
 
 figures.register("dgt", PAPER)

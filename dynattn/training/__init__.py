@@ -2,5 +2,17 @@
 
 from .loop import evaluate, export, fit, train
 from .recipes import Recipe, get_recipe, recipes, register_recipe
+from .shipping import print_runs, train_all
 
-__all__ = ["Recipe", "evaluate", "export", "fit", "get_recipe", "recipes", "register_recipe", "train"]
+__all__ = [
+    "Recipe",
+    "evaluate",
+    "export",
+    "fit",
+    "get_recipe",
+    "print_runs",
+    "recipes",
+    "register_recipe",
+    "train",
+    "train_all",
+]

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from .. import __version__, create_model, weights
 from ..data import CLASSES, Shapes, augment, cached, normalise
+from ..data.shapes import VERSION
 from . import checkpoints
-from .recipes import Recipe, command, conditions, get_recipe
+from .recipes import Recipe, command, get_recipe, plain, settings
 
 Photographs = tuple[UInt8[np.ndarray, "n 3 H W"], Int64[np.ndarray, " n"]]  # images and their labels
 
@@ -67,13 +68,15 @@ def train(
         "arguments": arguments,
         "classes": list(CLASSES),
         "command": command(name, seed, **changes),
+        "recipe": plain(recipe),
+        "data_version": VERSION,
         "seed": seed,
         "steps": recipe.steps,
         "seconds": round(rows[-1]["seconds"]),
     }
     if accelerator.is_main_process:
         result = export(model, out / "model.safetensors", test_set, result)
-        weights.replace(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        weights.write_whole(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     if progress:
         print(f"{name}  seed {seed}  {recipe.steps} steps  {rows[-1]['seconds'] / 60:.1f} min  ", end="")
         print(f"test accuracy {result['accuracy']:.3f}  test loss {result['loss']:.3f}")
@@ -113,7 +116,7 @@ def fit(
         if fresh:
             (out / "checkpoint.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    saved = checkpoints.load(out, conditions(recipe, seed))
+    saved = checkpoints.load(out, settings(recipe, seed))
 
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
@@ -152,7 +155,7 @@ def fit(
                 if saves or time.perf_counter() - last_saved > SAVE_AFTER:
                     last_saved = time.perf_counter()
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    checkpoints.save(out, {"conditions": conditions(recipe, seed), "step": step, "rows": rows, **state})
+                    checkpoints.save(out, {"settings": settings(recipe, seed), "step": step, "rows": rows, **state})
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes mixed precision off the caller's model

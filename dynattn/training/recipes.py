@@ -1,11 +1,14 @@
-"""What is trained, on what, and how: everything that decides a run's result, except the seed."""
+"""What is trained, on what, and how: everything that decides a run's result, except the seed; and which runs ship."""
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from .. import plugins
+from ..data.shapes import VERSION
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,23 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {}
+SHIPPED: dict[
+    str, tuple[tuple[int, ...], Path | None]
+] = {}  # by the name of a recipe: seeds, and the folder they go to
 
 
-def register_recipe(name: str, recipe: Recipe) -> None:
-    """Make a recipe known to `train` and the command line under a name; a name again replaces it."""
+def register_recipe(name: str, recipe: Recipe, *, seeds: Sequence[int] = (), folder: str | Path | None = None) -> None:
+    """Make a recipe known to `train` and the command line under a name; a name again replaces it.
+
+    seeds: of the runs whose checkpoints ship, which `train --all` keeps up to date. folder: where they lie; None: seed
+    0 of a model in `dynattn.weights`, all others in the folder of the figures.
+    """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected letters, digits and underscores, as in 'dat_mini', got {name!r}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
     RECIPES[name] = recipe
+    SHIPPED[name] = tuple(seeds), None if folder is None else Path(folder)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -81,6 +92,11 @@ def command(name: str, seed: int, **changes) -> str:
     return shlex.join(words)
 
 
-def conditions(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """All that decides a run, for its checkpoint."""
-    return {"seed": seed, **asdict(recipe)}
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON has it: a dict, of lists where it has tuples."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def settings(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """All that decides a run, for its checkpoint: the recipe, the seed, and how the images look."""
+    return {"seed": seed, "data_version": VERSION, **plain(recipe)}

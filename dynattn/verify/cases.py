@@ -99,7 +99,7 @@ class Case:
         options = OPERATIONS[self.operation].options
         found = {name: value for name, value in options.items() if value is not Parameter.empty}
         if "scale" in found and found["scale"] is None:
-            found["scale"] = next(iter(self.arguments.values())).shape[-1] ** -0.5
+            found["scale"] = core.scale_or_default(None, next(iter(self.arguments.values())).shape[-1])
         return found
 
     @property
@@ -195,7 +195,7 @@ def _simpler(than: Case, keep: bool, held: frozenset[str]):
     """
     from hypothesis.strategies import booleans, composite, lists, none
 
-    kept = booleans()
+    stays = booleans()
     lengths = [lists(none(), max_size=largest) for largest in range(MOST_CHOICES)]
 
     @composite
@@ -207,7 +207,7 @@ def _simpler(than: Case, keep: bool, held: frozenset[str]):
         largest = among.index(than.choices[name]) if than.choices[name] in among else len(among) - 1
         if not largest:
             return 0
-        if keep and (draw(kept) or draw(kept)):
+        if keep and (draw(stays) or draw(stays)):
             return largest
         return len(draw(lengths[largest]))
 

@@ -2,7 +2,7 @@
 
 The file runs in a process of its own, within limits, and is never imported here. That process gets cases by name and
 sends back numbers, and it is here that these are compared: nothing the file prints, and no way to end, can pass for a
-right answer. The two talk through a socket in frames of JSON and safetensors, which run no code when they are read.
+right answer. The two talk through a socket in messages of JSON and safetensors, which run no code when they are read.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from dynattn.verify.registry import OPERATIONS, known, operations
 from dynattn.verify.report import Mismatch
 
 START_SECONDS = 120  # for Python and torch to start, before the file is looked at
-LARGEST_FRAME = 2**26  # bytes
+LARGEST_MESSAGE = 2**26  # bytes
 LARGEST_FILE = 2**26
 MOST_PROCESSES = 64  # and threads
 LONGEST_TEXT = 4000
@@ -269,25 +269,25 @@ class Student:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Frames: the lengths of both parts, JSON, safetensors
+# Messages: the lengths of both parts, JSON, safetensors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def send(connection: socket.socket, message: dict, tensors: dict[str, Tensor] | None = None) -> None:
-    """Send a frame; ValueError when it is too large."""
+    """Send a message; ValueError when it is too large."""
     own = {name: t.detach().clone(memory_format=contiguous_format) for name, t in (tensors or {}).items()}
     head, body = json.dumps(message).encode(), bytes_of(own) if own else b""
-    if len(head) + len(body) > LARGEST_FRAME:
+    if len(head) + len(body) > LARGEST_MESSAGE:
         raise ValueError(f"the answer is too large: {len(body)} bytes")
     connection.sendall(len(head).to_bytes(8) + len(body).to_bytes(8) + head + body)
 
 
 def receive(connection: socket.socket, until: float | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """Receive a frame, until a time of time.monotonic(). TimeoutError; EOFError; ValueError and others for no frame."""
+    """Receive a message, until a time of time.monotonic(). TimeoutError; EOFError; ValueError and others for none."""
     lengths = _exactly(connection, 16, until)
     head, body = int.from_bytes(lengths[:8]), int.from_bytes(lengths[8:])
-    if head + body > LARGEST_FRAME:
-        raise ValueError(f"a frame of {head + body} bytes")
+    if head + body > LARGEST_MESSAGE:
+        raise ValueError(f"a message of {head + body} bytes")
     message = json.loads(_exactly(connection, head, until))
     if not isinstance(message, dict):
         raise ValueError("no message")

@@ -4,7 +4,8 @@ One checkpoint of every small model ships with the package, in this folder. The 
 audits read are in `figures/weights` of the project's folder: a checkout has them, an installed package has not.
 
 A file holds the tensors and one metadata entry, `dynattn`, a JSON object: the model's name and arguments, its classes,
-the command, seed and number of steps that made it, and the accuracy it reached. Nothing in it is executed on reading.
+the command, recipe, seed and version of the data set that made it (`dynattn train --all --list` compares them with what
+they are now), and the accuracy it reached. Nothing in it is executed on reading.
 """
 
 import json
@@ -122,10 +123,10 @@ def write(file: str | Path, state: dict[str, Tensor], metadata: dict[str, Any]) 
     }
     if lost := [key for key, value in half.items() if not value.isfinite().all()]:
         raise ValueError(f"state: expected values that float16 holds, got others in {', '.join(lost)}")
-    replace(file, save(half, {ENTRY: json.dumps(metadata), "format": "pt"}))
+    write_whole(file, save(half, {ENTRY: json.dumps(metadata), "format": "pt"}))
 
 
-def replace(file: str | Path, content: bytes) -> None:
+def write_whole(file: str | Path, content: bytes) -> None:
     """Give a file new content so that, killed or unplugged at any moment, it holds the old or the new, never a part."""
     file = Path(file)
     temporary = file.with_name(file.name + ".tmp")  # same folder: a rename is atomic only within one file system
@@ -140,3 +141,6 @@ def replace(file: str | Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+replace = write_whole  # the name that figures/gallery.py has for it

@@ -40,13 +40,13 @@ def save_page(
 def write_page(path: str | PathLike, view: View, layers: str | int | Iterable[str | int] | None = None) -> Path:
     """Write the page that opens at `view`. See `Lens.save`."""
     path = Path(path)
-    kept = [_kept(panel, layers) for panel in view.panels]
+    chosen_layers = [_chosen_layers(panel, layers) for panel in view.panels]
     rows = [
         {name: pack(pack_rows(panel.record(name))) for name in names}
-        for panel, names in zip(view.panels, kept, strict=True)
+        for panel, names in zip(view.panels, chosen_layers, strict=True)
     ]
     rollouts = [pack(dict(zip(("scale", "weight"), quantise(panel.rollouts), strict=True))) for panel in view.panels]
-    seen = zip(view.layer, view.head, kept, strict=True)
+    seen = zip(view.layer, view.head, chosen_layers, strict=True)
     chosen = [(layer, head) if layer in names else (names[len(names) // 2], "mean") for layer, head, names in seen]
     state = {
         "row": view.row,
@@ -54,7 +54,7 @@ def write_page(path: str | PathLike, view: View, layers: str | int | Iterable[st
         "layer": [layer for layer, _ in chosen],
         "head": [head for _, head in chosen],
         "fade": view.fade,
-        "scene": scene(view.panels, kept),
+        "scene": scene(view.panels, chosen_layers),
         "shown": [],
     }
     page = html({"state": state, "rows": rows, "rollouts": rollouts}, [panel.name for panel in view.panels])
@@ -74,7 +74,7 @@ def write_page(path: str | PathLike, view: View, layers: str | int | Iterable[st
     return path
 
 
-def scene(panels: list[Panel], kept: list[list[str]] | None = None) -> list[dict[str, Any]]:
+def scene(panels: list[Panel], chosen_layers: list[list[str]] | None = None) -> list[dict[str, Any]]:
     """What does not change, as `lens.js` takes it (see there)."""
     return [
         {
@@ -86,7 +86,7 @@ def scene(panels: list[Panel], kept: list[list[str]] | None = None) -> list[dict
             "last": _grid(panel.trace[panel.layers[-1]]),
             "layers": [
                 {"name": name, "title": panel.titles[name], "heads": panel.trace[name].heads} | _grid(panel.trace[name])
-                for name in (kept[p] if kept else panel.layers)
+                for name in (chosen_layers[p] if chosen_layers else panel.layers)
             ],
         }
         for p, panel in enumerate(panels)
@@ -104,15 +104,15 @@ def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
     return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()
 
 
-def _kept(panel: Panel, layers: str | int | Iterable[str | int] | None) -> list[str]:
+def _chosen_layers(panel: Panel, layers: str | int | Iterable[str | int] | None) -> list[str]:
     """The layers that fit any of the patterns or numbers, in order."""
     several = isinstance(layers, Iterable) and not isinstance(layers, str)
     asked = ["*"] if layers is None else list(layers) if several else [layers]
-    patterns = [one if isinstance(one, str) else panel.layer(one) for one in asked]
-    kept = [name for name in panel.layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not kept:
+    patterns = [name if isinstance(name, str) else panel.layer(name) for name in asked]
+    chosen_layers = [name for name in panel.layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not chosen_layers:
         raise ValueError(f"layers: none of {panel.name} fits {layers!r}; it has {', '.join(panel.layers)}")
-    return kept
+    return chosen_layers
 
 
 # ------------------------------------------------------------------------------------------------------------- packing

@@ -61,12 +61,12 @@ def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> 
             cells(ax, reading.keys, record, 1 - view.fade)
         else:
             dots(ax, reading.keys, 1 - view.fade)
-        frame(ax, reading.cell, record, 1 - view.fade)
+        outline(ax, reading.cell, record, 1 - view.fade)
     if view.fade > 0:
         last, heat = panel.rollout(row, col)
         first = panel.trace[panel.layers[0]]
         cells(ax, np.concatenate([first.cells().numpy(), heat[:, None]], axis=1), first, view.fade, least=0.3)
-        frame(ax, last, panel.trace[panel.layers[-1]], view.fade)
+        outline(ax, last, panel.trace[panel.layers[-1]], view.fade)
     style.star(ax, col, row)
 
 
@@ -90,7 +90,7 @@ def dots(ax: Axes, keys: Float[np.ndarray, "n 3"], alpha: float) -> None:
     ax.scatter(x, y, s=diameter**2, c=COLOURS(share), alpha=alpha, edgecolors=style.INK, linewidths=0.6, zorder=5)
 
 
-def frame(ax: Axes, cell: tuple[int, int], record: Record, alpha: float) -> None:
+def outline(ax: Axes, cell: tuple[int, int], record: Record, alpha: float) -> None:
     """The outline of a query's cell."""
     height, width = record.stride
     corner = (cell[1] * width - 0.5, cell[0] * height - 0.5)

@@ -82,3 +82,14 @@ def of_tokens(form: Callable) -> dict[str, Callable]:
         "gradient cut at the values": altered(form, v=lambda a: a.v.detach()),
         "gradient cut at the weights": altered(form, q=lambda a: a.q.detach(), k=lambda a: a.k.detach()),
     }
+
+
+def of_bias(form: Callable, name: str) -> dict[str, Callable]:
+    """So does what is added to the logits: the argument of that name, whose first dimension is the heads."""
+    change = lambda how: altered(form, **{name: lambda a: how(getattr(a, name), a)})  # noqa: E731
+    return {
+        "bias missing": change(lambda bias, _: None),
+        "bias scaled too": change(lambda bias, a: bias * a.scale),
+        "bias of the first head for all": change(lambda bias, _: first_for_all(bias, 0)),
+        f"gradient cut at the {name}": change(lambda bias, _: bias.detach()),
+    }

@@ -12,7 +12,7 @@ from dynattn.core import dense_attention_torch as dense
 from dynattn.mechanisms.deformable import deformable_attention
 from dynattn.mechanisms.deformable import deformable_attention_torch as deformable
 from dynattn.verify.cases import Call, Draw
-from dynattn.verify.mistakes.common import altered, first_for_all, of_scale, of_tokens, swapped
+from dynattn.verify.mistakes.common import altered, first_for_all, of_bias, of_scale, of_tokens, swapped
 from dynattn.verify.mistakes.dense import bias_after_softmax, detached_weights, softmax_over
 from dynattn.verify.registry import register
 
@@ -60,6 +60,7 @@ def draw_case(draw: Draw) -> Call:
 DEFORMABLE_ATTENTION = {
     **of_scale(deformable),
     **of_tokens(deformable),
+    **of_bias(deformable, "table"),
     "softmax over the queries": bias_read(attend=softmax_over(-2)),
     "points: rows and columns swapped": altered(deformable, points=lambda a: a.points.flip(-1)),
     "points clamped to the map": altered(deformable, points=lambda a: a.points.clamp(-1, 1)),
@@ -81,12 +82,8 @@ DEFORMABLE_ATTENTION = {
     "table read with align_corners=False": bias_read(align_corners=False),
     "table read with border padding": bias_read(padding_mode="border"),
     "table read at its nearest entry": bias_read(mode="nearest"),
-    "bias missing": altered(deformable, table=lambda a: None),
-    "bias scaled too": altered(deformable, table=lambda a: a.table * a.scale),
     "bias added after the softmax": bias_read(attend=bias_after_softmax),
-    "bias of the first head for all": altered(deformable, table=lambda a: first_for_all(a.table, 0)),
     "gradient cut at the points": altered(deformable, points=lambda a: a.points.detach()),
-    "gradient cut at the table": altered(deformable, table=lambda a: a.table.detach()),
     "gradient cut at the weights": bias_read(attend=detached_weights),
 }
 

@@ -8,7 +8,7 @@ from dynattn import core
 from dynattn.core import dense_attention
 from dynattn.core import dense_attention_torch as dense
 from dynattn.verify.cases import Call, Draw
-from dynattn.verify.mistakes.common import altered, first_for_all, logits, of_scale, of_tokens
+from dynattn.verify.mistakes.common import altered, logits, of_bias, of_scale, of_tokens
 from dynattn.verify.registry import register
 
 
@@ -53,17 +53,14 @@ def draw_case(draw: Draw) -> Call:
 DENSE_ATTENTION = {
     **of_scale(dense),
     **of_tokens(dense),
+    **of_bias(dense, "bias"),
     "softmax over the queries": softmax_over(-2),
     "softmax over the heads": softmax_over(1),
     "no softmax": without_softmax,
-    "bias missing": altered(dense, bias=lambda a: None),
     "bias subtracted": altered(dense, bias=lambda a: -a.bias),
-    "bias scaled too": altered(dense, bias=lambda a: a.bias * a.scale),
     "bias added after the softmax": bias_after_softmax,
-    "bias of the first head for all": altered(dense, bias=lambda a: first_for_all(a.bias, 0)),
     "later keys hidden": causal,
     "gradient cut at the weights": detached_weights,
-    "gradient cut at the bias": altered(dense, bias=lambda a: a.bias.detach()),
 }
 
 register(dense_attention, draw_case, DENSE_ATTENTION)

@@ -9,7 +9,7 @@ from dynattn import core
 from dynattn.mechanisms.window import shift_of, window_attention
 from dynattn.mechanisms.window import window_attention_torch as windowed
 from dynattn.verify.cases import Call, Draw
-from dynattn.verify.mistakes.common import altered, first_for_all, logits, of_scale, of_tokens, swapped
+from dynattn.verify.mistakes.common import altered, logits, of_bias, of_scale, of_tokens, swapped
 from dynattn.verify.registry import register
 
 
@@ -104,6 +104,7 @@ def draw_case(draw: Draw) -> Call:
 WINDOW_ATTENTION = {
     **of_scale(windowed),
     **of_tokens(windowed),
+    **of_bias(windowed, "table"),
     "shift ignored": altered(windowed, shift=lambda a: (0, 0)),
     "shift of rows and columns swapped": altered(windowed, shift=lambda a: swapped(a.shift)),
     "shift without mask": on_the_map(masked=False),
@@ -118,16 +119,12 @@ WINDOW_ATTENTION = {
     ),
     "H and W swapped": altered(windowed, shape=lambda a: swapped(a.shape)),
     "softmax over the queries": on_the_map(finish=over_queries),
-    "bias missing": altered(windowed, table=lambda a: None),
     "bias read with rows and columns swapped": on_the_map(swap_bias=True),
     "bias at the displacement of key minus query": altered(windowed, table=lambda a: a.table.flip(1, 2)),
     "bias index not shifted to be positive": altered(
         windowed, table=lambda a: a.table.roll((a.window[0] - 1, a.window[1] - 1), (1, 2))
     ),
-    "bias scaled too": altered(windowed, table=lambda a: a.table * a.scale),
     "bias added after the softmax": on_the_map(finish=bias_on_weights),
-    "bias of the first head for all": altered(windowed, table=lambda a: first_for_all(a.table, 0)),
-    "gradient cut at the table": altered(windowed, table=lambda a: a.table.detach()),
 }
 
 register(window_attention, draw_case, WINDOW_ATTENTION)

@@ -35,20 +35,19 @@ def neighbourhood_attention_torch(q, k, v, shape, radius, scale):
     return core.dense_attention_torch(q, k, v, hidden.to(q), scale)
 
 
-FORMS = {"loops": neighbourhood_attention_loops, "torch": neighbourhood_attention_torch}
-
-
+@core.operation(loops=neighbourhood_attention_loops, torch=neighbourhood_attention_torch)
 def neighbourhood_attention(q, k, v, query_shape, *, radius=1, scale=None, impl="auto"):
     """Every query reads the cells at most `radius` rows and columns away: (B, h, H W, d) to the same."""
     H, W = core.pair("query_shape", query_shape)
     sizes = core.bind(q=(q, f"B h {H * W} d"), k=(k, f"B h {H * W} d"), v=(v, f"B h {H * W} d"))
-    core.one_of("impl", impl, ("auto", *FORMS))
-    form = FORMS["torch" if impl == "auto" else impl]
-    return form(q, k, v, (H, W), core.positive("radius", radius), core.scale_or_default(scale, sizes["d"]))
+    radius, scale = core.positive("radius", radius), core.scale_or_default(scale, sizes["d"])
+    return neighbourhood_attention.forms.run(impl, q, k, v, (H, W), radius, scale)
 
 
 class NeighbourhoodAttention(nn.Module):
     """(B, H, W, C) to the same."""
+
+    implementation, forms = "auto", tuple(neighbourhood_attention.forms)
 
     def __init__(self, dim: int, heads: int, radius: int):
         super().__init__()
@@ -58,7 +57,7 @@ class NeighbourhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape[1:3])
         q, k, v = rearrange(self.qkv(x), "B H W (three h d) -> three B h (H W) d", three=3, h=self.heads)
-        z = neighbourhood_attention(q, k, v, shape, radius=self.radius)
+        z = neighbourhood_attention(q, k, v, shape, radius=self.radius, impl=self.implementation)
         if tracing.recording():
             tracing.keep(self, NeighbourhoodRecord(q[0], k[0], v[0], z[0], shape, self.radius))
         return self.proj(core.merge_heads(z, shape))

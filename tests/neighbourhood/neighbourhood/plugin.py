@@ -73,7 +73,10 @@ weights.add_folder(Path(__file__).parent)
 dynattn.register_model("neighbourhood_mini", Neighbourhood, radius=2)
 verify.register(neighbourhood_attention, draw_case, MISTAKES)
 register_recipe(
-    "neighbourhood_mini", Recipe("neighbourhood_mini", size=32, train_count=32, test_count=16, steps=2, batch=8)
+    "neighbourhood_mini",
+    Recipe("neighbourhood_mini", size=32, train_count=32, test_count=16, steps=2, batch=8),
+    seeds=[0],
+    folder=Path(__file__).parent,
 )
 figures.register(
     "neighbourhood",
