@@ -246,15 +246,10 @@ def sample_points_loops(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 
 
 def sample_points_torch(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B C N"]:
     """DAT-8 on the four neighbours that matter, by torch's grid_sample."""
-    return grid_sample(x, points[:, None])[:, :, 0]
-
-
-def grid_sample(x: Float[Tensor, "B C H W"], points: Float[Tensor, "B I J 2"]) -> Float[Tensor, "B C I J"]:
-    """torch's grid_sample at (row, col), in float32 or better: it sums gradients in the dtype that it computes in."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    grid = points.flip(-1).to(precise)
+    precise = torch.promote_types(x.dtype, torch.float32)  # it sums gradients in the dtype that it reads in
+    grid = rearrange(points.flip(-1), "B N xy -> B 1 N xy").to(precise)
     out = F.grid_sample(x.to(precise), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return out.to(x.dtype)
+    return out[:, :, 0].to(x.dtype)
 
 
 SAMPLE_POINTS = {

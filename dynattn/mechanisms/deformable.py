@@ -80,8 +80,8 @@ def relative_bias(
     queries = core.grid_points(query_shape, query_grid, points)
     R = (queries[:, None] - points[:, :, None]) / 2  # (B, g, L, N, 2)
     tables = repeat(table, "(g m) I J -> (B g) m I J", B=B, g=G)
-    bias = core.grid_sample(tables, R.flatten(0, 1))
-    return rearrange(bias, "(B g) m L N -> B (g m) L N", B=B)
+    bias = core.sample_points_torch(tables, rearrange(R, "B g L N two -> (B g) (L N) two"))
+    return rearrange(bias, "(B g) m (L N) -> B (g m) L N", B=B, L=len(queries))
 
 
 def deformable_attention_torch(
