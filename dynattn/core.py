@@ -21,14 +21,15 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Num
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
 
 from dynattn.kernels import derivatives, indices, operators, sampling
 from dynattn.kernels.choice import (  # noqa: F401  (for mechanisms)
@@ -41,6 +42,9 @@ from dynattn.kernels.choice import (  # noqa: F401  (for mechanisms)
     surely,
 )
 from dynattn.kernels.derivatives import transforming  # noqa: F401
+
+# einops keeps a table of the classes that it has met; a compiled graph is made again when the table grows.
+rearrange(nn.Parameter(torch.empty(1)), "a -> a")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -137,6 +141,12 @@ def counts() -> bool:
         return not exporting()
     again = torch._C._current_graph_task_id() != -1
     return not again and not transforming() and not torch.is_inference_mode_enabled()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A block that autocast leaves alone. Where tensors have no numbers, on "meta", there is no autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:
@@ -249,8 +259,10 @@ def sample_points_loops(x, points):
 
 def sample_points_torch(x, points):
     """DAT-8 on the four neighbours that matter, by torch's grid_sample."""
-    grid = rearrange(points.flip(-1), "B N xy -> B 1 N xy")
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0]
+    precise = torch.promote_types(x.dtype, torch.float32)  # it sums gradients in the dtype that it reads in
+    grid = rearrange(points.flip(-1), "B N xy -> B 1 N xy").to(precise)
+    out = F.grid_sample(x.to(precise), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return out[:, :, 0].to(x.dtype)
 
 
 operators.has_plain_form("sample_points", sample_points_torch)
@@ -376,10 +388,23 @@ def padding_to(shape: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, 
     return tuple((side + w - 1) // w * w - side for side, w in zip(shape, multiple, strict=True))
 
 
+def known(size: int, other: int) -> bool:
+    """Whether a graph knows if two sizes are equal, which it does unless it is for many sizes."""
+    return surely(size == other) or surely(size != other)
+
+
 def pad_map(x: Num[Tensor, "*batch H W C"], padding: tuple[int, int]) -> Num[Tensor, "*batch Hp Wp C"]:
     """Append zero rows and columns to a channels-last map; no copy when there is nothing to add."""
-    nothing = surely(padding[0] == 0) and surely(padding[1] == 0)
-    return x if nothing else F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
+    if surely(padding[0] == 0) and surely(padding[1] == 0):
+        return x
+    if exporting() or all(known(more, 0) for more in padding):
+        return F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
+    # The gradient of a padding is a slice: see `crop`.
+    for dim, more in zip((-3, -2), padding, strict=True):
+        shape, index = list(x.shape), torch.arange(x.shape[dim], device=x.device)
+        shape[dim] += more
+        x = x.new_zeros(shape).index_copy(dim, index, x)
+    return x
 
 
 def partition_windows(x: Num[Tensor, "B H W C"], window: tuple[int, int]) -> Num[Tensor, "n T C"]:
@@ -398,7 +423,7 @@ def merge_windows(x: Num[Tensor, "n T C"], window: tuple[int, int], shape: tuple
 
 def crop(x: Num[Tensor, "B Hp Wp C"], shape: tuple[int, int]) -> Num[Tensor, "B H W C"]:
     """The first rows and columns of a channels-last map; the inverse of `pad_map`."""
-    if exporting():  # nor that they are there
+    if exporting() or not all(map(known, shape, x.shape[1:3])):  # of a slice a graph asks whether it is contiguous
         rows, cols = (torch.arange(side, device=x.device) for side in shape)
         return x.index_select(1, rows).index_select(2, cols)
     return x[:, : shape[0], : shape[1]]

@@ -60,7 +60,7 @@ MUTATIONS = [
         "rank = 0 * torch.arange(L",
         "test_operations.py -k grouped_attention-torch",
     ),
-    Mutation("mechanisms/dynamic_group.py", "descending=True, stable=True", "stable=True", "test_dynamic_group.py"),
+    Mutation("mechanisms/dynamic_group.py", "likes > least, likes", "likes < least, likes", "test_dynamic_group.py"),
     Mutation("mechanisms/dynamic_group.py", "(1 - tau, tau)", "(1 - tau, 2 * tau)", "test_dynamic_group.py"),
     Mutation("mechanisms/dynamic_group.py", "tau = 0.1 * lr", "tau = lr", "test_dynamic_group.py"),
     Mutation("mechanisms/bilevel.py", "read.sum(dim=-1)", "read.sum(dim=-1).clamp(max=2)", "test_bilevel.py"),

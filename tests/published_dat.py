@@ -13,6 +13,7 @@ SIZES = {
     "dat_base_384": BASE | {"window": 12, "size": 384},
     "dat_tiny_conv": {"stem": 7, "down": 3},
 }
+SMALL = {"dims": (8, 16, 32, 64), "heads": (1, 2, 4, 8), "groups": (1, 1, 2, 4)}  # dat_tiny, but narrow: nobody's
 DERIVED = ("relative_position_index", "attn_mask")  # kept in published checkpoints, computed by us
 
 Shape = tuple[int, ...]
@@ -23,8 +24,8 @@ def affine(name: str, out: int, *others: int) -> dict[str, Shape]:
 
 
 def shapes(name: str) -> dict[str, Shape]:
-    """Every entry of a published checkpoint, derived buffers too."""
-    return _shapes(**SIZES[name])
+    """Every entry of a published checkpoint, derived buffers too; "small" is as one would be for `SMALL`."""
+    return _shapes(**(SMALL if name == "small" else SIZES[name]))
 
 
 def _shapes(

@@ -22,7 +22,7 @@ MODELS = """
                       strides=(2, 1), kernels=(3, 3))
     DGT = TINY | dict(dims=(8, 16), depths=(1, 1), heads=(2, 2), groups=3, keys=5, head_dim=8)
     def model(name):
-        return dynattn.create_model(name, **(DAT if name == "dat_mini" else DGT)).eval()
+        return dynattn.create_model(name, **{"dat_mini": DAT, "dgt_mini": DGT}.get(name, TINY)).eval()
     def image(*shape):
         return torch.rand(shape[0], 3, *shape[1:])
     def same(one, other):
@@ -80,6 +80,26 @@ def test_an_exported_model_takes_any_size(name):
     """)
 
 
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"])
+def test_an_onnx_file_takes_any_batch(name, tmp_path):
+    """torch.onnx.export: onnxruntime answers as torch does."""
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    run(f"""
+        import onnxruntime
+        network = model("{name}")
+        shapes = dict(x={{0: torch.export.Dim("batch", min=1, max=64)}})
+        with dynattn.implementation("torch"):
+            program = torch.onnx.export(network, (image(2, 32, 32),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+        program.save("{tmp_path}/program.onnx")
+        session = onnxruntime.InferenceSession("{tmp_path}/program.onnx")
+        for batch in (2, 1, 5):
+            x = image(batch, 32, 32)
+            (found,) = session.run(None, {{session.get_inputs()[0].name: x.numpy()}})
+            torch.testing.assert_close(torch.from_numpy(found), network(x).detach(), rtol=5e-4, atol=1e-6)
+    """)
+
+
 @pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
 def test_a_traced_model_takes_any_batch(name):
     """torch.jit.trace, saved and read again."""
@@ -94,17 +114,28 @@ def test_a_traced_model_takes_any_batch(name):
     """)
 
 
-def test_compiled_once_for_all_sizes():
-    """torch.compile(dynamic=True): no new graph for another size."""
-    run("""
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+def test_compiled_once_for_many_sizes(name, training):
+    """torch.compile(dynamic=True): no new graph for another size, whether windows divide it or not.
+
+    Torch itself makes another graph for one window where there were several, for one image, and for sixteen or more.
+    In training the second call of dynamic groups finds the sums that the first has started.
+    """
+    run(f"""
         from torch._dynamo.testing import CompileCounterWithBackend
-        network, counter = model("dgt_mini"), CompileCounterWithBackend("aot_eager")
+        network, counter = model("{name}").train({training}), CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(network, backend=counter, fullgraph=True, dynamic=True)
-        with torch.no_grad():
-            graphs = []
-            for shape in ((2, 72, 88), (3, 45, 70), (2, 64, 56), (4, 50, 34)):
-                x = image(*shape)
-                same(compiled(x), network(x))
+        graphs = []
+        with torch.set_grad_enabled({training}):
+            for shape in ((2, 72, 88), (2, 64, 96), (3, 45, 70), (2, 64, 64), (4, 50, 34)):
+                one = image(*shape).requires_grad_({training})
+                other = one.detach().clone().requires_grad_({training})
+                same(compiled(one), network(other))
+                if {training}:
+                    compiled(one).square().sum().backward()
+                    network(other).square().sum().backward()
+                    same(one.grad, other.grad)
                 graphs.append(counter.frame_count)
         assert len(set(graphs)) == 1, graphs
     """)

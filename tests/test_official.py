@@ -47,6 +47,18 @@ def logits(published, images) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def small() -> dict[str, torch.Tensor]:
+    """The same for a narrow model, which does where the size does not matter."""
+    return published_dat.checkpoint("small")
+
+
+@pytest.fixture(scope="module")
+def loaded(small) -> torch.nn.Module:
+    """The narrow model under those weights, in float64. Tests leave it as it is."""
+    return load(small, **published_dat.SMALL)
+
+
+@pytest.fixture(scope="module")
 def recorded(shared) -> dict[str, np.ndarray]:
     return dict(np.load(shared / "golden_dat_tiny.npz"))
 
@@ -206,7 +218,7 @@ def test_float32_is_as_near_as_rounding_allows(published, images, logits):
 
 @pytest.fixture
 def model() -> torch.nn.Module:
-    return dynattn.create_model("dat_tiny")
+    return dynattn.create_model("dat_tiny", **published_dat.SMALL)
 
 
 def equal(model: torch.nn.Module, expected: torch.nn.Module) -> bool:
@@ -226,50 +238,50 @@ def equal(model: torch.nn.Module, expected: torch.nn.Module) -> bool:
         ("state_dict", "module.backbone."),
     ],
 )
-def test_wrappers_and_prefixes(wrapper, prefix, model, published, tiny):
-    state = {prefix + key: value for key, value in tiny.items()}
+def test_wrappers_and_prefixes(wrapper, prefix, model, loaded, small):
+    state = {prefix + key: value for key, value in small.items()}
     source = state if wrapper is None else {wrapper: state, "epoch": 299, "optimizer": {"state": {}}}
     assert dynattn.load_official(model, source) is model
-    assert equal(model, published)
+    assert equal(model, loaded)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "weights.bin", "weights.safetensors"])
-def test_files(name, tmp_path, model, published, tiny):
-    state = {key: value.float() for key, value in tiny.items()}
+def test_files(name, tmp_path, model, loaded, small):
+    state = {key: value.float() for key, value in small.items()}
     if name.endswith("safetensors"):
         save_file(state, tmp_path / name)
     else:
         torch.save({"model": state, "epoch": 299}, tmp_path / name)
     path = tmp_path / name if name.endswith("pt") else str(tmp_path / name)
-    assert equal(dynattn.load_official(model, path), published)
+    assert equal(dynattn.load_official(model, path), loaded)
 
 
-def test_a_file_in_torch_s_old_format(tmp_path, model, published, tiny):
-    torch.save(tiny, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert equal(dynattn.load_official(model, tmp_path / "old.pth"), published)
+def test_a_file_in_torch_s_old_format(tmp_path, model, loaded, small):
+    torch.save(small, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert equal(dynattn.load_official(model, tmp_path / "old.pth"), loaded)
 
 
-def test_derived_buffers_are_ignored_whatever_they_hold(model, published):
-    state = published_dat.checkpoint("dat_tiny", derived=True)
+def test_derived_buffers_are_ignored_whatever_they_hold(model, loaded):
+    state = published_dat.checkpoint("small", derived=True)
     state |= {"stages.2.attns.1.reference": torch.full((3,), torch.nan), "stages.2.attns.1.q_grid": torch.zeros(1)}
-    assert equal(dynattn.load_official(model, state), published)
+    assert equal(dynattn.load_official(model, state), loaded)
 
 
-def test_precision_and_parameters(model, published, tiny):
+def test_precision_and_parameters(model, loaded, small):
     """Half-precision checkpoints, and dicts of parameters that want gradients."""
-    half = dynattn.load_official(model, {key: value.half() for key, value in tiny.items()})
+    half = dynattn.load_official(model, {key: value.half() for key, value in small.items()})
     assert all(p.dtype == torch.float32 and p.requires_grad and p.grad_fn is None for p in half.parameters())
-    assert not equal(half, published)
-    state = {key: torch.nn.Parameter(value) for key, value in tiny.items()}
-    assert equal(dynattn.load_official(model, state), published)
+    assert not equal(half, loaded)
+    state = {key: torch.nn.Parameter(value) for key, value in small.items()}
+    assert equal(dynattn.load_official(model, state), loaded)
 
 
-def test_the_model_does_not_share_memory_with_the_state_dict(model, published, tiny):
-    state = {key: value.float() for key, value in tiny.items()}
+def test_the_model_does_not_share_memory_with_the_state_dict(model, loaded, small):
+    state = {key: value.float() for key, value in small.items()}
     dynattn.load_official(model, state)
     for value in state.values():
         value.zero_()
-    assert equal(model, published)
+    assert equal(model, loaded)
 
 
 # ---------------------------------------------------------------- another resolution
@@ -300,21 +312,21 @@ def test_tables_are_resized_from_224_to_384():
 
 
 @pytest.mark.parametrize("size", [(96, 160), 320])
-def test_a_model_made_for_a_size_equals_one_that_is_run_at_it(size, tiny, published):
+def test_a_model_made_for_a_size_equals_one_that_is_run_at_it(size, small, loaded):
     image = deterministic.image(1, size)
-    made = load(tiny, img_size=size)
-    assert made.stages[2].blocks[1].attn.table.shape != published.stages[2].blocks[1].attn.table.shape
+    made = load(small, img_size=size, **published_dat.SMALL)
+    assert made.stages[2].blocks[1].attn.table.shape != loaded.stages[2].blocks[1].attn.table.shape
     with torch.no_grad():
-        torch.testing.assert_close(made(image), published(image), rtol=0, atol=0)
+        torch.testing.assert_close(made(image), loaded(image), rtol=0, atol=0)
 
 
-def test_fixed_tables_are_resized_too(tiny):
+def test_fixed_tables_are_resized_too(small):
     """Table 6's "fixed" bias: an entry for each query and point."""
-    options = dict(position_bias="fixed")
+    options = published_dat.SMALL | dict(position_bias="fixed")
     names = official.dat_entries(dynattn.create_model("dat_tiny", **options)).values()
-    state = {entry.name: tiny[entry.name] for entry in names}
+    state = {entry.name: small[entry.name] for entry in names}
     for stage, block, cells in ((2, 1, 196), (2, 3, 196), (2, 5, 196), (3, 1, 49)):
-        heads, name = 12 if stage == 2 else 24, f"stages.{stage}.attns.{block}.rpe_table"
+        heads, name = 4 if stage == 2 else 8, f"stages.{stage}.attns.{block}.rpe_table"
         state[name] = deterministic.tensor(name, (heads, cells, cells))
     made, native = load(state, img_size=(64, 96), **options), load(state, **options)
     table = native.stages[2].blocks[1].attn.table.detach()
@@ -330,7 +342,7 @@ def test_fixed_tables_are_resized_too(tiny):
 @pytest.fixture(scope="module")
 def untouched() -> torch.nn.Module:
     """One model for all refusals: `refusal` sees to it that each leaves the model as it was."""
-    return dynattn.create_model("dat_tiny")
+    return dynattn.create_model("dat_tiny", **published_dat.SMALL)
 
 
 def refusal(model: torch.nn.Module, source: object, kind: type = ValueError) -> str:
@@ -344,13 +356,7 @@ def refusal(model: torch.nn.Module, source: object, kind: type = ValueError) -> 
     return str(caught.value)
 
 
-def suggested(message: str) -> torch.nn.Module:
-    """What the call in an error message makes."""
-    call = re.search(r"dynattn\.create_model\(.*\)", message)[0]
-    return eval(call, {"dynattn": dynattn})
-
-
-def zeros(name: str = "dat_tiny", **changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def zeros(name: str = "small", **changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {key: torch.zeros(()).expand(shape) for key, shape in (published_dat.shapes(name) | changed).items()}
 
 
@@ -364,23 +370,23 @@ def test_missing_unexpected_and_misshapen_entries_are_listed(untouched):
     message = refusal(untouched, state)
     assert f"24 missing: {', '.join(missing[:10])}, and 14 more\n" in message
     assert f"11 unexpected: {', '.join(f'extra.{i:02}' for i in range(10))}, and 1 more\n" in message
-    assert "1 of the wrong shape: cls_norm.norm.weight (3,) for (768,)\n" in message
-    assert 'It looks like one for dynattn.create_model("dat_tiny").' in message
+    assert "1 of the wrong shape: cls_norm.norm.weight (3,) for (64,)\n" in message
+    assert message.endswith("It is no published model that dynattn knows.")
 
 
 @pytest.mark.parametrize(
     ("key", "shape"),
     [
-        ("stages.0.attns.0.relative_position_bias_table", (170, 3)),
-        ("stages.0.attns.0.relative_position_bias_table", (169, 4)),
+        ("stages.0.attns.0.relative_position_bias_table", (170, 1)),
+        ("stages.0.attns.0.relative_position_bias_table", (169, 2)),
         ("stages.0.attns.0.relative_position_bias_table", ()),
         ("stages.0.attns.0.relative_position_bias_table", (169,)),
-        ("stages.2.attns.1.rpe_table", (12, 27)),
-        ("stages.2.attns.1.rpe_table", (11, 27, 27)),
+        ("stages.2.attns.1.rpe_table", (4, 27)),
+        ("stages.2.attns.1.rpe_table", (3, 27, 27)),
         ("stages.2.attns.1.rpe_table", ()),
-        ("stages.2.attns.1.proj_q.weight", (384, 384, 3, 3)),
-        ("stages.2.attns.1.proj_q.weight", (384,)),
-        ("stages.2.attns.1.conv_offset.0.weight", (128, 1, 3, 3)),
+        ("stages.2.attns.1.proj_q.weight", (32, 32, 3, 3)),
+        ("stages.2.attns.1.proj_q.weight", (32,)),
+        ("stages.2.attns.1.conv_offset.0.weight", (16, 1, 3, 3)),
         ("patch_proj.0.weight", ()),
         ("cls_head.weight", ()),
     ],
@@ -390,43 +396,52 @@ def test_shapes_that_nothing_can_be_made_of(key, shape, untouched):
 
 
 def test_whole_numbers_are_no_weights(untouched):
-    state = zeros() | {"cls_norm.norm.weight": torch.zeros(768, dtype=torch.int64)}
-    assert "1 of the wrong shape: cls_norm.norm.weight (768,) of torch.int64 for (768,)" in refusal(untouched, state)
+    state = zeros() | {"cls_norm.norm.weight": torch.zeros(64, dtype=torch.int64)}
+    assert "1 of the wrong shape: cls_norm.norm.weight (64,) of torch.int64 for (64,)" in refusal(untouched, state)
+
+
+TABLES = {(2, 1): 12, (2, 3): 12, (2, 5): 12, (3, 1): 24}  # heads of dat_tiny's deformable layers, by stage and block
+
+
+def at_resolution(*maps: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """dat_tiny's entries, with tables for maps of these sides in stages 3 and 4."""
+    tables = {
+        f"stages.{i}.attns.{d}.rpe_table": (heads, *(2 * side - 1 for side in maps[i - 2]))
+        for (i, d), heads in TABLES.items()
+    }
+    return zeros("dat_tiny", **tables)
+
+
+CALLS = {
+    'dynattn.create_model("dat_tiny", img_size=448)': lambda: at_resolution((28, 28), (14, 14)),
+    'dynattn.create_model("dat_tiny", img_size=(192, 320))': lambda: at_resolution((12, 20), (6, 10)),
+    'dynattn.create_model("dat_tiny", num_classes=21)': lambda: zeros(
+        "dat_tiny", **{"cls_head.weight": (21, 768), "cls_head.bias": (21,)}
+    ),
+} | {f'dynattn.create_model("{name}")': lambda name=name: zeros(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_call_that_would_fit_is_named(call, untouched):
+    """Another size, another resolution, another number of classes."""
+    assert refusal(untouched, CALLS[call]()).endswith(f"\nIt looks like one for {call}.")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dat_small", "dat_base", "dat_base_384", "dat_tiny_conv"])
-def test_a_checkpoint_of_another_size_names_its_own(name, untouched):
-    state = zeros(name)
-    message = refusal(untouched, state)
-    assert message.endswith(f'It looks like one for dynattn.create_model("{name}").')
-    dynattn.load_official(suggested(message), state)
+@pytest.mark.parametrize("call", CALLS)
+def test_the_call_that_is_named_makes_a_model_that_fits(call):
+    dynattn.load_official(eval(call, {"dynattn": dynattn}), CALLS[call]())
 
 
 def test_another_number_of_classes(untouched):
-    state = zeros(**{"cls_head.weight": (21, 768), "cls_head.bias": (21,)})
-    message = refusal(untouched, state)
-    assert "2 of the wrong shape: cls_head.weight (21, 768) for (1000, 768), cls_head.bias (21,) for (1000,)" in message
-    assert 'dynattn.create_model("dat_tiny", num_classes=21)' in message
-    assert dynattn.load_official(suggested(message), state).head.out_features == 21
-
-
-@pytest.mark.parametrize(("size", "maps"), [(448, (28, 14)), ((192, 320), ((12, 20), (6, 10)))])
-def test_another_resolution_is_named_too(size, maps):
-    sides = [(m, m) if isinstance(m, int) else m for m in maps]
-    tables = {
-        f"stages.{i}.attns.{d}.rpe_table": (heads, *(2 * side - 1 for side in sides[i - 2]))
-        for i, d, heads in ((2, 1, 12), (2, 3, 12), (2, 5, 12), (3, 1, 24))
-    }
-    message = refusal(dynattn.create_model("dat_small"), zeros(**tables))
-    assert message.endswith(f'dynattn.create_model("dat_tiny", img_size={size!r}).')
-    assert suggested(message).stages[3].blocks[1].attn.table.shape == tables["stages.3.attns.1.rpe_table"]
+    message = refusal(untouched, zeros(**{"cls_head.weight": (21, 64), "cls_head.bias": (21,)}))
+    assert "2 of the wrong shape: cls_head.weight (21, 64) for (1000, 64), cls_head.bias (21,) for (1000,)" in message
 
 
 def test_a_dat_of_an_unknown_size(untouched):
-    state = {key: value for key, value in zeros().items() if not key.startswith("stages.0.attns")}
+    state = {key: value for key, value in zeros("dat_tiny").items() if not key.startswith("stages.0.attns")}
     assert refusal(untouched, state).endswith("It is no published model that dynattn knows.")
-    state = zeros(**{"patch_proj.0.weight": (64, 3, 4, 4)})
+    state = zeros("dat_tiny", **{"patch_proj.0.weight": (64, 3, 4, 4)})
     assert refusal(untouched, state).endswith("It is no published model that dynattn knows.")
     with pytest.raises(ValueError, match="none of the published ones: 64 stem channels, 6 blocks in stage 3, a 4 x 4"):
         official.identify(state)
@@ -440,23 +455,23 @@ def test_a_checkpoint_of_another_paper(untouched, shared):
 
 
 def test_a_published_checkpoint_for_a_model_that_has_none():
-    message = refusal(dynattn.create_model("dat_mini"), zeros())
+    message = refusal(dynattn.create_model("dat_mini"), zeros("dat_tiny"))
     assert "missing: embed.convs.0.0.weight" in message and 'dynattn.create_model("dat_tiny")' in message
     with pytest.raises(TypeError, match="model: there are no published weights for a Linear"):
         dynattn.load_official(torch.nn.Linear(2, 2), zeros())
 
 
-def test_the_offset_network_of_the_text_has_no_norm(tiny):
+def test_the_offset_network_of_the_text_has_no_norm(small):
     """variant="paper" differs in shapes; two keywords make the published weights fit the text's other readings."""
-    message = refusal(dynattn.create_model("dat_tiny", variant="paper"), tiny)
+    message = refusal(dynattn.create_model("dat_tiny", variant="paper", **published_dat.SMALL), small)
     assert "8 unexpected: stages.2.attns.1.conv_offset.1.norm.bias" in message
     assert "1 of the wrong shape: stages.3.attns.1.conv_offset.0.weight" in message
-    load(tiny, variant="paper", offset_norm=True, kernels=(9, 7, 5, 3))
+    load(small, variant="paper", offset_norm=True, kernels=(9, 7, 5, 3), **published_dat.SMALL)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_no_numbers(value, untouched):
-    state = zeros() | {"cls_norm.norm.bias": torch.full((768,), value)}
+    state = zeros() | {"cls_norm.norm.bias": torch.full((64,), value)}
     assert "1 entries hold NaN or infinity, first ['cls_norm.norm.bias']" in refusal(untouched, state)
 
 
@@ -547,7 +562,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("how", ["torch", "torch, old format", "pickle", "pickle, protocol 2"])
-def test_code_in_a_file_is_not_run(how, tmp_path, untouched, tiny):
+def test_code_in_a_file_is_not_run(how, tmp_path, untouched):
     mark, path = tmp_path / "exploded", tmp_path / "weights.pth"
     content = {"model": {"a": torch.zeros(1)}, "surprise": Bomb(mark)}
     if how.startswith("torch"):
@@ -584,8 +599,8 @@ def test_model_from_refuses_what_it_does_not_know(tmp_path):
         official.model_from(tmp_path / "other.safetensors")
 
 
-def test_resizing_is_core_s(published):
+def test_resizing_is_core_s(loaded):
     """One rule for tables, at run time and on loading."""
-    table = published.stages[2].blocks[1].attn.table.detach()
+    table = loaded.stages[2].blocks[1].attn.table.detach()
     expected = F.interpolate(table[None], size=(9, 31), mode="bicubic", align_corners=False)[0]
     torch.testing.assert_close(core.resize_table(table, (9, 31)), expected, rtol=0, atol=0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import in_dtype, in_float32, median_errors
@@ -256,24 +257,33 @@ USUAL = {  # more than a few summands everywhere
     "routed_attention": dict(B=1, h=2, R=3, S=4, Tq=3, Tk=3, d=4, n=2, key_mask=True),
 }
 LOW = [torch.bfloat16, torch.float16]
-BUDGET = 2  # times the reference
-# Torch's gathers and grid_sample sum their gradients in the dtype: its own forms that read with them, which is all but
-# dense attention, need 3.3 times the reference below float32.
-DENSE = {"dense_attention"}
-# Triton's interpreter cuts bfloat16 off where a GPU rounds it to the nearest: kernels need 3.3 times.
-CUTS = {"triton"} if operators.INTERPRETED else set()
-
-SLOW = {impl: pytest.mark.slow for impl in CUTS}  # so many draws in the interpreter take their time
+BUDGET = 2  # times the error of the reference
+# So many draws in Triton's interpreter take their time.
+SLOW = {"triton": pytest.mark.slow} if operators.INTERPRETED else {}
 IN_DTYPES = [
     pytest.param(*form, dtype, marks=SLOW.get(form[1], ())) for form in FORMS for dtype in (torch.float32, *LOW)
 ]
 
 
-def budget(operation: str, impl: str, dtype: torch.dtype) -> float:
-    """How many times the reference's error a form may have; twice that where it is not the form that rounds."""
-    cuts = dtype == torch.bfloat16 and impl in CUTS
-    sums = dtype in LOW and impl == "torch" and operation not in DENSE
-    return 2 * BUDGET if cuts or sums else BUDGET
+@pytest.fixture
+def rounds_like_a_gpu(monkeypatch):
+    """Triton's interpreter cuts float32 off where a GPU rounds to the nearest bfloat16: kernels seem 3.9 times as bad.
+
+    With rounding it is 1.9 times the reference at most, for all kernels and gradients.
+    """
+    if not (operators.INTERPRETED and operators.INSTALLED["triton"]):
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(data, source, target, mode)
+        numbers = torch.from_numpy(np.array(data).view(np.float32)).to(torch.bfloat16)
+        return numbers.view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 def usual(operation: str, seed: int) -> verify.Case:
@@ -294,6 +304,7 @@ def test_the_eager_form_is_no_other_operation(operation):
         verify.compare(operation, EAGER[operation], *call.arguments.values(), **call.options)
 
 
+@pytest.mark.usefixtures("rounds_like_a_gpu")
 @pytest.mark.parametrize("operation, impl, dtype", IN_DTYPES)
 def test_error_budgets(operation, impl, dtype):
     """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2: at most twice the error of the eager form in float32."""
@@ -301,7 +312,7 @@ def test_error_budgets(operation, impl, dtype):
     forms = {"form": run(operation, impl), "reference": in_float32(eager)}
     errors = median_errors(forms, eager, partial(usual, operation), dtype)
     ratio = errors["form"] / errors["reference"]
-    assert (ratio <= budget(operation, impl, dtype)).all(), ratio.tolist()
+    assert (ratio <= BUDGET).all(), ratio.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -316,7 +327,7 @@ def test_a_form_three_times_worse_is_caught(operation, dtype):
         return (exact + 3 * (form(*arguments, **options).double() - exact)).to(dtype)
 
     errors = median_errors({"form": worse, "reference": in_float32(eager)}, eager, partial(usual, operation), dtype)
-    assert (errors["form"] > budget(operation, "torch", dtype) * errors["reference"]).any()
+    assert (errors["form"] > BUDGET * errors["reference"]).any()
 
 
 # ----------------------------------------------------------------------------------------------------------- operators

@@ -6,7 +6,7 @@ tiles     the torch form: groups in tiles of queries
 padded    groups padded to the largest, and batched products
 
 How many times faster the kernel is than dense attention depends on the CPU, since dense attention does: it has no
-floor. The others have floors that were kept on an AMD EPYC and on an Intel Xeon with AMX.
+floor. The others have one, below which something is wrong: `missed` says so, also where the machine is busy.
 """
 
 from collections.abc import Callable

@@ -63,6 +63,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     if dropout or transforming() or forward_mode():  # what was dropped must be the same in a second derivative
         return plain_attention(q, k, v, bias, scale, dropout)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if torch.compiler.is_exporting():  # what is fused here may be plain there, with other strides
+        return out.clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not out.requires_grad:
         return out
     return _Again.apply(plain_attention, out, q, k, v, bias, scale)

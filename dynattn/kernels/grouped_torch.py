@@ -33,7 +33,8 @@ def in_tiles(
     groups, selected = groups.flatten(0, 1), selected.flatten(0, 1)  # a row for each head of each image
     head = torch.arange(B * h, device=q.device)[:, None]
 
-    order = groups.argsort(dim=1, stable=True)  # (heads, L): which query is the i-th of the sorted ones
+    # (heads, L): which query is the i-th of the sorted ones; those of one group in their order
+    order = (groups * L + torch.arange(L, device=q.device)).argsort(dim=1)
     group = groups.gather(1, order)  # its group
     size = torch.zeros_like(selected[..., 0]).scatter_add(1, groups, torch.ones_like(groups))  # (heads, G)
     tiles = -(-size // TILE)  # of every group; the last may be a part of one

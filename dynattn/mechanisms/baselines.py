@@ -116,7 +116,7 @@ def stripe_attention(
     else:
         z = core.dense_attention(q, k, v, bias=bias, impl=impl)
     padded = (shape[0] + padding[0], shape[1] + padding[1])
-    return core.merge_windows(rearrange(z, "n h T d -> n T (h d)"), stripe, padded)[:, : shape[0], : shape[1]]
+    return core.crop(core.merge_windows(rearrange(z, "n h T d -> n T (h d)"), stripe, padded), shape)
 
 
 class CrossShapedWindowAttention(nn.Module):

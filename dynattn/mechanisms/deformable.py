@@ -66,11 +66,12 @@ def relative_bias(
 ) -> Float[Tensor, "B h L N"]:
     """phi(B^; R) of DAT-9: every head's table read at half the displacement from each query to each point."""
     B, G = points.shape[:2]
+    points = points.to(torch.promote_types(points.dtype, torch.float32))  # less is no place in a table
     queries = core.grid_points(query_shape, query_grid, points)
     R = (queries[:, None] - points[:, :, None]) / 2  # (B, g, L, N, 2)
     tables = repeat(table, "(g m) I J -> (B g) m I J", B=B, g=G)
-    bias = F.grid_sample(tables, R.flip(-1).flatten(0, 1), align_corners=True)
-    return rearrange(bias, "(B g) m L N -> B (g m) L N", B=B)
+    bias = core.sample_points_torch(tables, rearrange(R, "B g L N two -> (B g) (L N) two"))
+    return rearrange(bias, "(B g) m (L N) -> B (g m) L N", B=B, L=len(queries))
 
 
 def deformable_attention_torch(q, k, v, points, table, query_shape, query_grid, scale, dropout=0.0):

@@ -18,7 +18,6 @@ Cost of L queries (DGT-5, DGT-6, DGT-7): 2 L^2 C for all keys; here 2 k L C + 2 
 
 import math
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +92,12 @@ def assign_torch(q: Float[Tensor, "B h L d"], centroids: Float[Tensor, "h G d"])
 
 
 def select_torch(k: Float[Tensor, "B h S d"], centroids: Float[Tensor, "h G d"], n: int) -> Int[Tensor, "B h G n"]:
-    """DGT-1 by a stable sort, which keeps the order of equals."""
-    likes = likes_torch(k, centroids)
-    return likes.argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
+    """DGT-1 by the n-th largest of the likes: all that is above it, and of its equals the first."""
+    likes, S = likes_torch(k, centroids), k.shape[2]
+    least = likes.topk(n).values[..., -1:]
+    above, equal = likes > least, likes == least
+    chosen = above | (equal & (equal.cumsum(dim=-1) <= n - above.sum(dim=-1, keepdim=True)))
+    return torch.arange(S, device=k.device).where(chosen, S).topk(n, largest=False).values
 
 
 def grouped_attention_torch(q, k, v, groups, selected, scale, dropout=0.0):
@@ -125,11 +127,10 @@ def as_printed_attention(
     read = membership(groups, selected, k.shape[2])
     P = q @ k.mT  # DGT-11
     weights = as_printed_weights(P.masked_fill(~read, -torch.inf), scale, as_printed)
-    Y = weights @ v  # DGT-13
-    if 17 in as_printed:
-        wrong = P.detach().masked_fill(~read, 0) @ (v - v.detach())  # nothing, but for its slope by v
-        Y = weights @ v.detach() + wrong  # DGT-17
-    return Y
+    if 17 not in as_printed:
+        return weights @ v  # DGT-13
+    wrong = P.detach().masked_fill(~read, 0) @ (v - v.detach())  # nothing, but for its slope by v
+    return weights @ v.detach() + wrong  # DGT-17
 
 
 def as_printed_weights(P: Float[Tensor, "... S"], scale: float, as_printed: Collection[int]) -> Float[Tensor, "... S"]:
@@ -269,8 +270,7 @@ class DynamicGroupAttention(nn.Module):
     ) -> tuple[Int[Tensor, "B h L"], Int[Tensor, "B h G n"]]:
         """Groups of the queries and the keys that each selects (DGT-1)."""
         precise = torch.promote_types(q.dtype, torch.float32)
-        autocast = torch.amp.is_autocast_available(q.device.type)  # not where tensors have no numbers: "meta"
-        with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
+        with core.without_autocast(q.device):
             q, k, e = q.to(precise), k.to(precise), F.normalize(self.centroids.to(precise), dim=-1)
             groups = ASSIGN.run(self.implementation, q, e)
             n = core.smaller(core.positive("keys", self.keys), k.shape[2])  # it may be changed at any time

@@ -126,11 +126,16 @@ class Layout:
         return labels == labels.mT
 
     def bias(self, table: Float[Tensor, "h I J"] | None, like: Tensor) -> Float[Tensor, "n heads T T"] | None:
-        """What a window adds to its logits: B^(m) at the displacement, and -inf at keys that are not to be read."""
+        """What a window adds to its logits: B^(m) at the displacement, and -inf at keys that are not to be read.
+
+        In the dtype of `like`, to which autocast lowers linear maps, but no table.
+        """
         bias = None
         if table is not None:
             rows, cols = core.relative_index(self.window)
-            bias = table[None, :, rows, cols]  # (1, h, T, T)
+            # In float32 or better: many cells read one entry, and its gradients are summed in this dtype.
+            bias = table.to(torch.promote_types(table.dtype, torch.float32))[None, :, rows, cols]  # (1, h, T, T)
+            bias = bias.to(like.dtype)
         if self.masked:
             forbidden = ~self.may_read().to(like.device)
             hidden = torch.zeros(forbidden.shape, dtype=like.dtype, device=like.device)
@@ -154,7 +159,6 @@ class Layout:
         bias = self.bias(table, q)
         if bias is not None and not core.surely(bias.shape[0] == 1):
             bias = bias.expand(images, *bias.shape).flatten(0, 1)  # not by n: a traced graph would keep the quotient
-        bias = None if bias is None else bias.to(q.dtype)  # autocast lowers linear maps, but no table
         if dropout:
             return core.dense_attention_torch(q, k, v, bias, core.scale_or_default(scale, q.shape[-1]), dropout)
         return core.dense_attention(q, k, v, bias=bias, scale=scale, impl=impl)  # DAT-2
