@@ -131,7 +131,7 @@ def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:
 
 
 def bilevel_entries(model: BiLevelModel) -> dict[str, Entry]:
-    """Our name: the published entry. The model knows the names; 1 x 1 convolutions become linear, tables are resized."""
+    """Our name: the published entry, which the model knows. 1 x 1 convolutions become linear, tables are resized."""
     own = model.state_dict()
 
     def fitted(ours: Tensor) -> Callable[[Tensor], Tensor]:

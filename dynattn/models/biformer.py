@@ -1,4 +1,4 @@
-"""BiFormer (CVPR 2023): bi-level routing attention in three stages, attention of every token to every token in the last.
+"""BiFormer (CVPR 2023): bi-level routing attention in three stages, full attention in the last.
 
     stem        3 x 3 convolutions of strides 2, 2, batch norm                                    H/4 x W/4
     stage 1-3   (block with bi-level routing attention) x N                                       k = 1, 4, 16 regions
@@ -238,7 +238,7 @@ MINI = dict(
     img_size=128,
     num_classes=10,
     dims=(32, 64, 128),
-    depths=(2, 4, 4),
+    depths=(2, 4, 2),
     heads=(2, 4, 8),
     regions=8,
     topk=(4, 16),
