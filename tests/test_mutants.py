@@ -24,7 +24,10 @@ CORRECT = {
     "detr_attention": deformable_detr.detr_attention_torch,
     "grouped_attention": dynamic_group.grouped_attention_torch,
     "routed_attention": bilevel.routed_attention_torch,
+    "bilevel_attention": bilevel.bilevel_attention_torch,
 }
+# What has options without a default, in the order of the form.
+OPTIONS = {"window_attention": ("window", "shift", "scale"), "bilevel_attention": ("regions", "topk", "scale")}
 pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
 ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
 
@@ -66,12 +69,9 @@ def test_mistakes_are_caught_on_other_seeds(operation):
 def test_mistake_takes_what_the_torch_form_takes(operation, name):
     """The same arguments, so that a mistake can stand in for the form."""
     call = verify.case(operation, 3)
-    positional = list((call.arguments | call.defaults | call.options).values())
-    if operation == "window_attention":  # options in the order of the form
-        positional = [
-            *call.arguments.values(),
-            *((call.defaults | call.options)[n] for n in ("window", "shift", "scale")),
-        ]
+    options = call.defaults | call.options
+    names = OPTIONS.get(operation, options)
+    positional = [*call.arguments.values(), *(options[name] for name in names)]
     expected = CORRECT[operation](*positional)
     assert MISTAKES[operation][name](*positional).shape == expected.shape
 
