@@ -452,8 +452,8 @@ class Regions:
         """Which tokens of the regions are cells of the map; None where all are."""
         if surely(self.padding[0] == 0) and surely(self.padding[1] == 0):
             return None
-        cells = torch.ones(1, 1, self.shape[0] * self.shape[1], 1, dtype=torch.bool, device=like.device)
-        return self.cut(cells)[0, 0, :, :, 0]
+        cells = torch.ones(1, 1, self.shape[0] * self.shape[1], 1, dtype=torch.int64, device=like.device)
+        return self.cut(cells)[0, 0, :, :, 0] > 0
 
     def numbers(self, device: torch.device) -> Int[Tensor, " L"]:
         """The region of every cell, row-major."""

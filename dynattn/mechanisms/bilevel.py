@@ -140,7 +140,7 @@ def route(
     """
     precise = torch.promote_types(q.dtype, torch.float32)
 
-    def means(x: Tensor, inside: Tensor | None) -> Float[Tensor, "B R C"]:
+    def means(x: Tensor, inside: Tensor | None) -> Tensor:  # (B, regions, C)
         count = x.shape[3] if inside is None else inside.sum(dim=1)[:, None]
         return rearrange(x.sum(dim=3, dtype=precise) / count, "B h R d -> B R (h d)").double()
 

@@ -18,6 +18,7 @@ STAGES = (
 SWIN = (
     "The text names depths, channels, ratio 4 and patches; blocks take turns as in DeBiFormer. No code was published."
 )
+TOP_K = "Said to be of Swin's layout, but the last row has the accuracy of DeBiFormer-T, whose k these are."
 ROWS = [
     Row("debiformer_tiny", "debiformer_tiny", note="Table 2 cuts 21.4956 M off."),
     Row("debiformer_small", "debiformer_small"),
