@@ -47,13 +47,13 @@ ATTENTIONS = ("bilevel", "deformable_bilevel", "full", "window", "shifted", "def
 LETTERS = {"BB": ("bilevel",), "B*": ("bilevel", "deformable_bilevel"), "**": ("deformable_bilevel",)}
 # Table 7: the blocks of the four stages. In stage 4 the paper's B is BiFormer's full attention.
 TABLE_7 = ("BB BB BB BB", "BB BB BB B*", "BB BB BB **", "BB BB B* **", "BB B* B* **", "B* B* B* **")
-# Table 5, all in Swin's layout, as far as their attentions are here.
+# Table 5, all in Swin's layout, as far as their attentions are here. Cross-shaped windows need an even number of heads.
 TABLE_5 = {
-    "shifted_window": [("window", "shifted")] * 4,
-    "cross_shaped": [("cross_shaped",)] * 4,
-    "deformable": [("window", "shifted")] * 2 + [("window", "deformable")] * 2,
-    "bilevel": [("bilevel",)] * 4,
-    "deformable_bilevel": [("bilevel", "deformable_bilevel")] * 3 + [("deformable_bilevel",)],
+    "shifted_window": dict(blocks=[("window", "shifted")] * 4),
+    "cross_shaped": dict(blocks=[("cross_shaped",)] * 4, heads=(2, 4, 8, 16)),
+    "deformable": dict(blocks=[("window", "shifted")] * 2 + [("window", "deformable")] * 2),
+    "bilevel": dict(blocks=[("bilevel",)] * 4),
+    "deformable_bilevel": dict(blocks=[("bilevel", "deformable_bilevel")] * 3 + [("deformable_bilevel",)]),
 }
 STRIPES, KERNELS = (1, 2, 7, 7), (9, 7, 5, 3)  # of CSWin's blocks, and of DAT's offset networks, by stage
 

@@ -38,7 +38,7 @@ ROWS = [
     ),
     Row("debiformer_swin_layout", "debiformer_tiny", dict(layout="swin"), note=SWIN),
     *(
-        Row(f"swin_layout+{kind}", "debiformer_tiny", dict(layout="swin", blocks=TABLE_5[kind]), note=SWIN)
+        Row(f"swin_layout+{kind}", "debiformer_tiny", dict(layout="swin") | TABLE_5[kind], note=SWIN)
         for kind in ("shifted_window", "cross_shaped", "deformable", "bilevel")
     ),
 ]
