@@ -1,4 +1,4 @@
-"""What every mechanism rests on: coordinates, bilinear reading, heads, dense attention, windows.
+"""What every mechanism rests on: coordinates, bilinear reading, heads, dense attention, windows, regions.
 
 Glossary, for the whole package. Loop variables, einsum letters and shape comments all use it.
 
@@ -379,7 +379,7 @@ def attention_weights(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows
+# Windows and regions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +427,55 @@ def crop(x: Num[Tensor, "B Hp Wp C"], shape: tuple[int, int]) -> Num[Tensor, "B 
         rows, cols = (torch.arange(side, device=x.device) for side in shape)
         return x.index_select(1, rows).index_select(2, cols)
     return x[:, : shape[0], : shape[1]]
+
+
+def region_cells(shape: tuple[int, int], S: int) -> list[list[int]]:
+    """The cells of every region of a map, row-major: at most S x S regions of equal sides, the last ones smaller."""
+    (H, W), (hi, wi) = shape, (-(-shape[0] // S), -(-shape[1] // S))
+    corners = [(top, left) for top in range(0, H, hi) for left in range(0, W, wi)]
+    return [
+        [i * W + j for i in range(top, min(top + hi, H)) for j in range(left, min(left + wi, W))]
+        for top, left in corners
+    ]
+
+
+class Regions:
+    """How a map of (H, W) cells is cut into at most S x S regions of equal sides, row-major.
+
+    A side that S does not divide gets padding at the bottom and right, less than one region: every region has cells of
+    the map. Nobody reads the padding, and no mean counts it.
+    """
+
+    def __init__(self, shape: tuple[int, int], S: int):
+        self.shape, self.side = shape, tuple(-(-n // S) for n in shape)
+        self.padding = padding_to(shape, self.side)
+        self.grid = tuple((n + more) // side for n, more, side in zip(shape, self.padding, self.side, strict=True))
+
+    def cut(self, x: Num[Tensor, "B h L d"]) -> Num[Tensor, "B h R T d"]:
+        """The tokens of every region of a row-major map, zeros where there is padding."""
+        x = pad_map(rearrange(x, "B h (H W) d -> B h H W d", H=self.shape[0]), self.padding)
+        if exporting():  # in a graph for any size torch cannot see that the sides are whole multiples
+            x = x.unfold(2, self.side[0], self.side[0]).unfold(3, self.side[1], self.side[1])
+            return rearrange(x, "B h I J d hi wi -> B h (I J) (hi wi) d")
+        hi, wi = self.side
+        return rearrange(x, "B h (I hi) (J wi) d -> B h (I J) (hi wi) d", hi=hi, wi=wi)
+
+    def join(self, x: Num[Tensor, "B h R T d"]) -> Num[Tensor, "B h L d"]:
+        """The inverse of `cut`: a row-major map without the padding."""
+        x = rearrange(x, "B h (I J) (hi wi) d -> B h (I hi) (J wi) d", I=self.grid[0], J=self.grid[1], hi=self.side[0])
+        return x[:, :, : self.shape[0], : self.shape[1]].flatten(2, 3)
+
+    def inside(self, like: Tensor) -> Bool[Tensor, "R T"] | None:
+        """Which tokens of the regions are cells of the map; None where all are."""
+        if surely(self.padding[0] == 0) and surely(self.padding[1] == 0):
+            return None
+        cells = torch.ones(1, 1, self.shape[0] * self.shape[1], 1, dtype=torch.int64, device=like.device)
+        return self.cut(cells)[0, 0, :, :, 0] > 0
+
+    def numbers(self, device: torch.device) -> Int[Tensor, " L"]:
+        """The region of every cell, row-major."""
+        rows, cols = (torch.arange(n, device=device) // side for n, side in zip(self.shape, self.side, strict=True))
+        return (rows[:, None] * self.grid[1] + cols).flatten()
 
 
 def relative_index(window: tuple[int, int]) -> tuple[Int[Tensor, "T T"], Int[Tensor, "T T"]]:

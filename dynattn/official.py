@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from dynattn import checkpoint_files, core, weights
 from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.window import WindowAttention
+from dynattn.models import biformer, debiformer
+from dynattn.models.biformer import BiLevelModel
 from dynattn.models.dat import DAT
 from dynattn.models.registry import build_of, create_model, load_trained
 
@@ -124,11 +126,32 @@ def identify_dat(state: dict[str, Tensor]) -> tuple[str, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# BiFormer and DeBiFormer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bilevel_entries(model: BiLevelModel) -> dict[str, Entry]:
+    """Our name: the published entry, which the model knows. 1 x 1 convolutions become linear, tables are resized."""
+    own = model.state_dict()
+
+    def fitted(ours: Tensor) -> Callable[[Tensor], Tensor]:
+        if ours.ndim == 3:
+            return lambda table: core.resize_table(table, tuple(ours.shape[1:]))
+        return lambda tensor: tensor[:, :, 0, 0] if tensor.ndim == 4 and ours.ndim == 2 else tensor
+
+    return {name: Entry(theirs, fitted(own[name])) for name, theirs in model.published_names().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Every paper
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENTRIES: list[tuple[type[nn.Module], Callable]] = [(DAT, dat_entries)]
-IDENTIFIERS: list[tuple[str, Callable]] = [("patch_proj.0.weight", identify_dat)]  # an entry only this paper has
+ENTRIES: list[tuple[type[nn.Module], Callable]] = [(DAT, dat_entries), (BiLevelModel, bilevel_entries)]
+IDENTIFIERS: list[tuple[str, Callable]] = [  # an entry that only this paper has
+    ("patch_proj.0.weight", identify_dat),
+    ("stages.0.0.attn.qkv.qkv.weight", biformer.identify),
+    ("stages.0.0.attn2.rpe_table", debiformer.identify),
+]
 
 
 def read_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
@@ -227,7 +250,8 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
                 converted[name] = entry.convert(state[entry.name])
             except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that no table of this kind has
                 converted[name] = state[entry.name]
-            if converted[name].shape != own[name].shape or not converted[name].is_floating_point():
+            floating = converted[name].is_floating_point() == own[name].is_floating_point()
+            if converted[name].shape != own[name].shape or not floating:
                 wrong.append(f"{_described(entry.name, state[entry.name])} for {tuple(own[name].shape)}")
     if missing or unexpected or wrong:
         raise ValueError(_complaint(state, missing, unexpected, wrong))

@@ -80,7 +80,7 @@ def test_list_models():
         ("dat_tiney", "no model 'dat_tiney'; did you mean 'dat_tiny' or 'dgt_tiny' or 'dat_tiny_conv'"),
         ("DAT-T", "no model 'DAT-T'; did you mean 'dat_tiny'"),
         ("swin", "no model 'swin'; did you mean 'swin_mini'"),
-        ("resnet50", "no model 'resnet50'; there are cswin_tiny, dat_base, dat_base_384, "),
+        ("resnet50", "no model 'resnet50'; there are biformer_base, biformer_mini, "),
         ("", "no model ''; there are "),
     ],
 )

@@ -16,6 +16,8 @@ from dynattn.verify.registry import OPERATIONS
 
 MISTAKES = {name: operation.mistakes for name, operation in OPERATIONS.items()}
 CORRECT = {name: operation.function.forms["torch"] for name, operation in OPERATIONS.items()}
+# What has options without a default, in the order of the form.
+OPTIONS = {"window_attention": ("window", "shift", "scale"), "bilevel_attention": ("regions", "topk", "scale")}
 pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
 ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
 
@@ -57,12 +59,9 @@ def test_mistakes_are_caught_on_other_seeds(operation):
 def test_mistake_takes_what_the_torch_form_takes(operation, name):
     """The same arguments, so that a mistake can stand in for the form."""
     call = verify.case(operation, 3)
-    positional = list((call.arguments | call.defaults | call.options).values())
-    if operation == "window_attention":  # options in the order of the form
-        positional = [
-            *call.arguments.values(),
-            *((call.defaults | call.options)[n] for n in ("window", "shift", "scale")),
-        ]
+    options = call.defaults | call.options
+    names = OPTIONS.get(operation, options)
+    positional = [*call.arguments.values(), *(options[name] for name in names)]
     expected = CORRECT[operation](*positional)
     assert MISTAKES[operation][name](*positional).shape == expected.shape
 
@@ -469,7 +468,7 @@ def test_checking_leaves_the_cases_alone():
         (
             lambda: verify.check("sampling", abs),
             ValueError,
-            r"operation: expected one of 'deformable_attention', .*, got 'sampling'",
+            r"operation: expected one of 'bilevel_attention', .*, got 'sampling'",
         ),
         (lambda: verify.case("sampling", 0), ValueError, r"operation: expected one of"),
         (lambda: verify.case("sample_points", 0, K=1), ValueError, r"choices: expected one of 'B', 'C', .*, got 'K'"),

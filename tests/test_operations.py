@@ -38,7 +38,8 @@ def can_run(impl: str) -> bool:
 
 
 FORMS = [(name, impl) for name in OPERATIONS for impl in forms_of(name) if impl != "loops" and can_run(impl)]
-KERNELS = [(name, impl) for name, impl in FORMS if impl in operators.BACKENDS]
+COMPOSED = {"bilevel_attention"}  # of other operations, whose operators it runs
+KERNELS = [(name, impl) for name, impl in FORMS if impl in operators.BACKENDS and name not in COMPOSED]
 
 
 def run(operation: str, impl: str) -> Callable:
@@ -125,6 +126,15 @@ EDGES = {
         (1, 1, 2, 3, 5, 3, 2, 3, False, None),  # all regions
         (1, 1, 2, 3, 2, 2, 19, 2, True, None),  # more than a register of channels
     ),
+    "bilevel_attention": sizes(
+        "B h d H W key_shape regions topk scale",
+        (2, 2, 3, 4, 5, (4, 5), 2, 2, 1.7),  # padded in columns
+        (1, 1, 1, 1, 1, (1, 1), 1, 1, None),
+        (1, 2, 2, 5, 3, (5, 3), 3, 2, None),  # prime, padded in rows
+        (2, 1, 2, 2, 3, (5, 2), 2, 3, 0.4),  # keys of another map
+        (1, 2, 1, 3, 1, (3, 4), 4, 12, None),  # more regions than cells, all of them read
+        (1, 1, 19, 2, 2, (2, 2), 2, 1, None),  # more than a register of channels
+    ),
 }
 AT_EDGES = [(*form, number) for form in FORMS for number in range(len(EDGES[form[0]]))]
 
@@ -143,7 +153,7 @@ def test_every_operation_has_edges_and_an_eager_form():
 
 @pytest.mark.parametrize("operation, impl", FORMS)
 def test_the_oracle_passes_every_form(operation, impl):
-    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-11 on random cases."""
+    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-9 to DEBI-11 on random cases."""
     verify.check(operation, run(operation, impl), seed=100, cases=4 if impl == "triton" else 20)
 
 
@@ -238,7 +248,17 @@ def eager_routed(q, k, v, routes, *, key_mask=None, scale=None):
     return eager_dense(*(x.flatten(2, 3) for x in (q, k, v)), bias=bias, scale=scale).view_as(q)
 
 
+def eager_bilevel(q, k, v, query_shape, key_shape, *, regions, topk, scale=None):
+    ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
+    inside = (layout.inside(q) for layout in (ours, theirs))
+    routes = bilevel.route(ours.cut(q), theirs.cut(k), *inside, topk)
+    chosen = bilevel.membership(routes, None, theirs.grid[0] * theirs.grid[1], 1)[..., 0]
+    read = chosen[:, ours.numbers(q.device)][:, :, theirs.numbers(q.device)][:, None]
+    return eager_dense(q, k, v, bias=torch.zeros_like(read, dtype=q.dtype).masked_fill(~read, -torch.inf), scale=scale)
+
+
 EAGER = {
+    "bilevel_attention": eager_bilevel,
     "sample_points": eager_sample_points,
     "dense_attention": eager_dense,
     "window_attention": eager_window,
@@ -248,6 +268,7 @@ EAGER = {
     "routed_attention": eager_routed,
 }
 USUAL = {  # more than a few summands everywhere
+    "bilevel_attention": dict(B=1, h=2, d=4, H=5, W=4, key_shape=(5, 4), regions=2, topk=2),
     "sample_points": dict(B=1, C=3, H=5, W=5, N=8),
     "dense_attention": dict(B=1, h=2, L=6, N=7, d=4, bias=True),
     "window_attention": dict(B=1, h=2, d=4, H=5, W=4, wi=3, wj=2, shift=(1, 1), table=True),

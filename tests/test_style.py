@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,9 @@ LAYERS = [
     ("lessons",),
     ("cli", "__main__"),
 ]
-TAG = re.compile(r"\b(?:DAT|DGT)-\d+\b")
+# Every paper says in its file how its equations are called, how many there are, and which lesson it has, if any.
+PAPERS = [tomllib.loads(path.read_text()) for path in sorted((PACKAGE / "papers").glob("*.toml"))]
+TAG = re.compile(rf"\b(?:{'|'.join(paper['tag'] for paper in PAPERS)})-\d+\b")
 
 
 def parts(path: Path) -> tuple[str, ...]:
@@ -217,9 +220,9 @@ def all_tags(paths) -> set[str]:
 
 TESTS = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path != Path(__file__)]
 CODE = set().union(*(code_tags(path) for path in FILES))
-PAPERS = {"DAT": (11, "01_dat"), "DGT": (17, "04_dgt")}  # how many equations; the notebook
-EQUATIONS = {f"{paper}-{number}" for paper, (count, _) in PAPERS.items() for number in range(1, count + 1)}
+EQUATIONS = {f"{paper['tag']}-{number}" for paper in PAPERS for number in range(1, paper["equations"] + 1)}
 UNWRITTEN = {"DAT-1", "DAT-4", "DAT-5", "DGT-5", "DGT-6", "DGT-7"}  # named in a docstring, written in the notebook
+LESSONS = {paper["tag"]: paper["lesson"] for paper in PAPERS if "lesson" in paper}
 
 
 def test_every_equation_is_on_a_line_of_code():
@@ -241,8 +244,9 @@ def test_every_equation_is_in_a_test_and_no_other():
     assert covered == EQUATIONS and all_tags(TESTS) <= CODE
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", LESSONS)
 @pytest.mark.parametrize("suffix", [".py", ".ipynb"])
 def test_every_equation_is_in_its_lesson_or_its_audit_and_no_other(paper, suffix):
-    places = [(ROOT / folder / PAPERS[paper][1]).with_suffix(suffix) for folder in ("notebooks", "notebooks/audit")]
-    assert all_tags(place for place in places if place.exists()) == {tag for tag in EQUATIONS if tag.startswith(paper)}
+    places = [(ROOT / folder / LESSONS[paper]).with_suffix(suffix) for folder in ("notebooks", "notebooks/audit")]
+    own = {tag for tag in EQUATIONS if tag.startswith(f"{paper}-")}
+    assert all_tags(place for place in places if place.exists()) == own

@@ -1,16 +1,25 @@
 """Bi-level routing attention (BRA, from BiFormer; DeBiFormer section 3.2): regions are chosen first, tokens read then.
 
-The map is cut into regions. Every region of queries is routed to n regions of keys, the same for all heads, and its
-queries read the tokens of these, wherever they lie:
+The map is cut into S x S regions. The means of their queries and keys tell which regions belong together; every region
+of queries is routed to the k regions of keys that it likes most, the same for all heads, and its queries read the
+tokens of these, wherever they lie:
 
-    k^g = gather(k, I),  v^g = gather(v, I)      tokens of the regions I_(r,1), ..., I_(r,n), side by side     DEBI-11
-    z^(m) = softmax(q^(m) k^g(m)^T / sqrt(d)) v^g(m)      one softmax over all of them                          DEBI-2
+    q = x W_q        k = x W_k        v = x W_v                                                              DEBI-1
+    A^r = q^r (k^r)^T            q^r, k^r: the mean query and the mean key of every region                   DEBI-9
+    I^r = topk(A^r)              of equals those with the lowest numbers                                     DEBI-10
+    k^g = gather(k, I),  v^g = gather(v, I)      tokens of the regions I_(r,1), ..., I_(r,n), side by side   DEBI-11
+    z^(m) = softmax(q^(m) k^g(m)^T / sqrt(d)) v^g(m)      one softmax over all of them                       DEBI-2
+    z = Concat(z^(1), ..., z^(M)) W_o                                                                        DEBI-3
 
-That is DGT's grouped attention with regions for groups, and runs on its kernel. Beside the letters of `core`:
+W_o gets z and LCE(v), a depthwise 5 x 5 of the values: local context enhancement. Routing has no gradient: which
+regions are read is a choice of whole numbers. DEBI-11 and DEBI-2 are DGT's grouped attention with regions for groups,
+and run on its kernel. Beside the letters of `core`:
 
     R r   regions of queries, one region       Tq t   tokens of such a region, one query
     S s   regions of keys, one region          Tk u   tokens of such a region, one key
     n     regions that a region of queries reads
+
+Cost on an H x W map: 4 HW C^2 + S^4 C + 2 k (HW)^2 C / S^2 + 25 HW C.
 """
 
 from collections.abc import Callable
@@ -18,11 +27,16 @@ from collections.abc import Callable
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynattn import core
+from dynattn import core, tracing
 from dynattn.kernels import grouped as kernel
 from dynattn.kernels import operators
+from dynattn.kernels.routed import readable_first
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Loops
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def routed_attention_loops(q, k, v, routes, key_mask, scale):
@@ -41,7 +55,34 @@ def routed_attention_loops(q, k, v, routes, key_mask, scale):
     return torch.stack(z).reshape(B, h, R, Tq, d)
 
 
-def routed_attention_torch(q, k, v, routes, key_mask, scale):
+def bilevel_attention_loops(q, k, v, query_shape, key_shape, regions, topk, scale):
+    """DEBI-9 to DEBI-11 and DEBI-2, one region, one query, one key and one channel at a time."""
+    B, h, _, d = q.shape
+    mean = lambda x, cells: [sum(x[m, l, c] for l in cells) / len(cells) for m in range(h) for c in range(d)]  # noqa: E731
+    ours, theirs = core.region_cells(query_shape, regions), core.region_cells(key_shape, regions)
+    z = torch.zeros_like(q)
+    for b in range(B):
+        means = [mean(k[b].detach(), cells) for cells in theirs]
+        for cells in ours:
+            of_query = mean(q[b].detach(), cells)
+            A = [float(sum(a * c for a, c in zip(of_query, of_key, strict=True))) for of_key in means]  # DEBI-9
+            chosen = sorted(range(len(theirs)), key=lambda s: -A[s])[:topk]  # DEBI-10: equals stay in order
+            keys = [l for s in chosen for l in theirs[s]]  # DEBI-11
+            for m in range(h):
+                for i in cells:
+                    logits = [sum(q[b, m, i, c] * k[b, m, j, c] for c in range(d)) * scale for j in keys]
+                    weights = core.softmax_loops(logits)
+                    for c in range(d):
+                        z[b, m, i, c] = sum(w * v[b, m, j, c] for w, j in zip(weights, keys, strict=True))  # DEBI-2
+    return z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def routed_attention_torch(q, k, v, routes, key_mask, scale, dropout=0.0):
     """DEBI-11 by copies of whole regions, then one dense attention for each region of queries (DEBI-2)."""
     (B, h, R), S, n = q.shape[:3], k.shape[2], routes.shape[2]
     head = torch.arange(B * h, device=q.device).reshape(B, h, 1, 1)
@@ -57,7 +98,31 @@ def routed_attention_torch(q, k, v, routes, key_mask, scale):
         k, v = (x.masked_fill(~key_mask[:, None, :, :, None], 0) for x in (k, v))
         read = gather(key_mask[:, None].expand(-1, h, -1, -1))[:, :, None]  # (B h, R, 1, n Tk)
     k, v = gather(k), gather(v)  # DEBI-11
-    return core.dense_attention_torch(q.flatten(0, 1), k, v, read, scale).unflatten(0, (B, h))  # DEBI-2
+    return core.dense_attention_torch(q.flatten(0, 1), k, v, read, scale, dropout).unflatten(0, (B, h))  # DEBI-2
+
+
+@torch.no_grad()
+def route(
+    q: Float[Tensor, "B h R Tq d"],
+    k: Float[Tensor, "B h S Tk d"],
+    q_inside: Bool[Tensor, "R Tq"] | None,
+    k_inside: Bool[Tensor, "S Tk"] | None,
+    topk: int,
+) -> Int[Tensor, "B R n"]:
+    """The n = min(topk, S) regions of keys that every region of queries reads, the most liked first; no gradient.
+
+    A matrix product may sum equal numbers in another order at another place. Hence it is computed in double precision
+    and rounded: what is equal stays so, and the lowest numbers win.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+
+    def means(x: Tensor, inside: Tensor | None) -> Tensor:  # (B, regions, C)
+        count = x.shape[3] if inside is None else inside.sum(dim=1)[:, None]
+        return rearrange(x.sum(dim=3, dtype=precise) / count, "B h R d -> B R (h d)").double()
+
+    A = (means(q, q_inside) @ means(k, k_inside).mT).to(precise)  # DEBI-9
+    A = A.where(~A.isnan(), -torch.inf)
+    return A.argsort(dim=-1, descending=True, stable=True)[..., : core.smaller(topk, A.shape[2])]  # DEBI-10
 
 
 def membership(
@@ -69,16 +134,9 @@ def membership(
     return read if key_mask is None else read & key_mask[:, None]
 
 
-def readable_first(
-    routes: Int[Tensor, "B R n"], key_mask: Bool[Tensor, "B S Tk"] | None, Tk: int
-) -> tuple[Int[Tensor, "B R N"], Int[Tensor, "B R"]]:
-    """The N = n Tk keys of every region's routes, s Tk + u, those first that may be read; and how many these are."""
-    keys = (routes[..., None] * Tk + torch.arange(Tk, device=routes.device)).flatten(2)
-    if key_mask is None:
-        return keys, torch.full_like(keys[..., 0], keys.shape[2])
-    read = key_mask.flatten(1).gather(1, keys.flatten(1)).reshape(keys.shape)
-    order = read.byte().argsort(dim=-1, descending=True, stable=True)
-    return keys.gather(2, order), read.sum(dim=-1)
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The operation
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _kernel(backend: str) -> Callable:
@@ -146,3 +204,168 @@ def routed_attention(
     check_values(routes, key_mask, S)
     scale = core.scale_or_default(scale, sizes["d"])
     return routed_attention.forms.run(impl, q, k, v, routes, key_mask, scale)
+
+
+def _of_maps(form: Callable) -> Callable:
+    """A form of routed attention as one of `bilevel_attention`: maps are cut, routed, read and joined again."""
+
+    def bilevel(q, k, v, query_shape, key_shape, regions, topk, scale, **dropout):
+        ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
+        q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
+        inside = theirs.inside(k)
+        routes = route(q, k, ours.inside(q), inside, topk)  # DEBI-9, DEBI-10
+        key_mask = None if inside is None else inside.expand(len(q), -1, -1)
+        return ours.join(form(q, k, v, routes, key_mask, scale, **dropout))  # DEBI-11, DEBI-2
+
+    return bilevel
+
+
+bilevel_attention_torch = _of_maps(routed_attention_torch)
+
+
+@core.operation(
+    loops=bilevel_attention_loops,
+    torch=bilevel_attention_torch,
+    pays=kernel.pays,
+    **{backend: _of_maps(form) for backend, form in KERNELS.items()},
+)
+def bilevel_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h N d"],
+    v: Float[Tensor, "B h N d"],
+    query_shape: tuple[int, int],
+    key_shape: tuple[int, int],
+    *,
+    regions: int,
+    topk: int,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "B h L d"]:
+    """Every query reads the tokens of the regions that the mean query of its own region likes most.
+
+    Shapes: q (B, h, H W, d), row-major, of a map of `query_shape`; k, v (B, h, H' W', d), of one of `key_shape`, which
+    may be another. regions: S, each map is cut into at most S x S of equal sides; topk: how many of the keys' regions
+    are read, or all where there are fewer. `scale` None is d^-0.5; it does not matter to the choice of regions.
+    Returns (B, h, H W, d), differentiable in q, k and v with the regions as they are chosen.
+    Raises TypeError, ValueError on wrong arguments. Source: BiFormer; DeBiFormer equations 9 to 11 and 2.
+    """
+    (H, W), (H2, W2) = core.pair("query_shape", query_shape), core.pair("key_shape", key_shape)
+    core.positive("regions", regions)
+    core.positive("topk", topk)
+    sizes = core.bind({"L": H * W, "N": H2 * W2}, q=(q, "B h L d"), k=(k, "B h N d"), v=(v, "B h N d"))
+    scale = core.scale_or_default(scale, sizes["d"])
+    return bilevel_attention.forms.run(impl, q, k, v, (H, W), (H2, W2), regions, topk, scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention_scale(scale: str, dim: int, heads: int) -> float:
+    """What multiplies the logits: "dim" is C^-0.5, as the published code has it, "head" d^-0.5, as the text has it."""
+    core.one_of("scale", scale, ("dim", "head"))
+    return (dim if scale == "dim" else dim // heads) ** -0.5
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Bi-level routing multi-head attention: (B, H, W, C) to the same, for any H and W.
+
+    dim, heads: C and M.  regions: S, the map is cut into S x S.  topk: k, how many of them a region reads.
+    scale: "dim" or "head", see `attention_scale`.  attn_drop: the share of the attention weights that training drops,
+    always in the torch form. `regions` and `topk` may be changed at any time.
+    """
+
+    implementation, forms = "auto", tuple(bilevel_attention.forms)  # see `dynattn.use_implementation`
+
+    def __init__(
+        self, dim: int, heads: int, *, regions: int = 7, topk: int = 4, scale: str = "dim", attn_drop: float = 0.0
+    ):
+        super().__init__()
+        self.dim, self.heads = dim, core.divisor("heads", heads, dim)
+        self.regions, self.topk = core.positive("regions", regions), core.positive("topk", topk)
+        self.scale, self.attn_drop = attention_scale(scale, dim, heads), core.rate("attn_drop", attn_drop)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.lce = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
+        shape, M, qkv = tuple(x.shape[1:3]), self.heads, self.qkv(x)  # DEBI-1
+        q, k, v = rearrange(qkv, "B H W (three h d) -> three B h (H W) d", three=3, h=M)
+        how = shape, shape, self.regions, self.topk, self.scale
+        if self.training and self.attn_drop:
+            z = bilevel_attention_torch(q, k, v, *how, dropout=self.attn_drop)
+        else:
+            z = bilevel_attention.forms.run(self.implementation, q, k, v, *how)
+        context = self.lce(rearrange(qkv[..., 2 * self.dim :], "B H W C -> B C H W"))
+        z = z + rearrange(context, "B (h d) H W -> B h (H W) d", h=M)
+        if tracing.recording():
+            tracing.keep(self, BiLevelRecord(q, k, v, z, *how))
+        return self.proj(core.merge_heads(z, shape))  # DEBI-3
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, regions={self.regions}, topk={self.topk}"
+
+
+def multiply_adds(shape: tuple[int, int], regions: int, topk: int, channels: int) -> int:
+    """Of BRA on an H x W map of C channels that S divides: linear maps, routing, attention, LCE."""
+    HW, S, C = shape[0] * shape[1], regions, channels
+    return 4 * HW * C**2 + S**4 * C + 2 * topk * HW**2 * C // S**2 + 25 * HW * C
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Routing:
+    """Which regions of keys every region of queries is routed to, and where they lie: what two kinds of records keep.
+
+    routes (R, n); `queries`, `sources`: the `core.Regions` of both maps.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, query_shape, key_shape, regions: int, topk: int):
+        self.queries, self.sources = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
+        inside = self.queries.inside(q), self.sources.inside(k)
+        self.routes = route(self.queries.cut(q), self.sources.cut(k), *inside, topk)[0]
+
+    def read(self) -> Bool[Tensor, "L N"]:
+        """Which keys every query reads."""
+        ours, theirs = (one.numbers(self.routes.device) for one in (self.queries, self.sources))
+        return membership(self.routes[None], None, int(theirs.max()) + 1, 1)[0, :, :, 0][ours][:, theirs]
+
+    def weights(self, q: Float[Tensor, "L d"], k: Float[Tensor, "N d"], scale: float) -> Float[Tensor, "L N"]:
+        """The attention of one head to all keys, 0 to those of other regions."""
+        return (q @ k.mT * scale).masked_fill(~self.read(), -torch.inf).softmax(dim=-1)  # DEBI-2
+
+
+class BiLevelRecord(tracing.Record):
+    """One layer of bi-level routing attention.
+
+    q, k, v (M, L, d); z (M, L, d), attention and LCE together; routing.routes (R, n), the regions that each region
+    reads, the most liked first. A_eff leaves LCE out: `rest` says how large that is.
+    """
+
+    kind, exact = "bilevel", False
+
+    def __init__(self, q, k, v, z, shape, _, regions, topk, scale):
+        self.query_shape, self.heads, self.scale = shape, q.shape[1], scale
+        self.q, self.k, self.v, self.z = q[0], k[0], v[0], z[0]
+        self.routing = Routing(q[:1], k[:1], shape, shape, regions, topk)
+
+    def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
+        self.check_head(head)
+        return self.routing.weights(self.q[head], self.k[head], self.scale)
+
+    def region(self, row: float, col: float) -> int:
+        """The number of the region that the query at image pixel (row, col) is in."""
+        return int(self.routing.queries.numbers(self.q.device)[self.query(row, col)])
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """The tokens of the regions that the query's region is routed to, whatever their weight."""
+        self.check_head(head)
+        query, routes = self.query(row, col), self.routing.routes[self.region(row, col)]
+        numbers = self.routing.sources.numbers(self.q.device)
+        read = torch.cat([(numbers == s).nonzero()[:, 0] for s in routes])
+        weight = core.attention_weights(self.q[head, query, None], self.k[head, read], None, self.scale)[0]
+        return tracing.Keys(self.cells().to(weight)[read], weight)

@@ -3,8 +3,9 @@
     from dynattn import papers
     for row in papers.ledger("dat"): print(row.paper, "|", row.code, "|", row.argument)
 
-A file holds one `[[ledger]]` table for each disagreement. The audit notebooks fill the numbers in and show every row;
-a test holds that the arguments and the tests that a row names exist.
+At the head of a file stand `tag` and `equations`, how its equations are called in code and how many there are, and
+`lesson`, its notebook, once there is one. Below, a file holds one `[[ledger]]` table for each disagreement. The audit
+notebooks fill the numbers in and show every row; a test holds that the arguments and the tests that a row names exist.
 """
 
 import tomllib
