@@ -16,8 +16,6 @@ from dynattn.verify.registry import OPERATIONS
 
 MISTAKES = {name: operation.mistakes for name, operation in OPERATIONS.items()}
 CORRECT = {name: operation.function.forms["torch"] for name, operation in OPERATIONS.items()}
-# What has options without a default, in the order of the form.
-OPTIONS = {"window_attention": ("window", "shift", "scale"), "bilevel_attention": ("regions", "topk", "scale")}
 pytestmark = pytest.mark.usefixtures("unchecked")  # the loops run for every case: twice as fast without shape checks
 ALL = [(operation, name) for operation, mistakes in MISTAKES.items() for name in mistakes]
 
@@ -60,7 +58,7 @@ def test_mistake_takes_what_the_torch_form_takes(operation, name):
     """The same arguments, so that a mistake can stand in for the form."""
     call = verify.case(operation, 3)
     options = call.defaults | call.options
-    names = OPTIONS.get(operation, options)
+    names = OPERATIONS[operation].options  # in the order of the form
     positional = [*call.arguments.values(), *(options[name] for name in names)]
     expected = CORRECT[operation](*positional)
     assert MISTAKES[operation][name](*positional).shape == expected.shape

@@ -62,7 +62,7 @@ class FullAttention(nn.Module):
     attn_drop: the share of the attention weights that training drops. Source: the published code of BiFormer, stage 4.
     """
 
-    implementation, forms = "auto", tuple(core.DENSE_ATTENTION)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(core.dense_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(self, dim: int, heads: int, *, attn_drop: float = 0.0):
         super().__init__()
