@@ -16,6 +16,8 @@ from dynattn.tracing import trace
 from dynattn.training import evaluate
 
 SEEDS = ("dat_mini", "dat_mini_seed1", "dat_mini_seed2")
+ACCURATE = [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8), ("dgt_mini", 0.8)]
+ACCURATE += [("biformer_mini", 0.85), ("debiformer_mini", 0.85)]
 GROUPED = ("dgt_mini", "dgt_mini_seed1", "dgt_mini_seed2")
 MEASURED = 60  # images on which points and groups are measured
 SWEEP = tuple(f"dat_sweep_s{s}" for s in (0, 1, 2, 4, 8))
@@ -48,7 +50,7 @@ def test_a_checkpoint_tells_how_it_was_made(name):
     assert float(last[-1]) == pytest.approx(story["accuracy"], abs=0.01)  # the log's is before rounding to half
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini"])
 def test_minis_are_small(name):
     assert sum(p.numel() for p in create_model(name).parameters()) <= 1_900_000
 
@@ -96,7 +98,7 @@ def test_clutter_hides_the_object(held_out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, floor", [("dat_mini", 0.8), ("swin_mini", 0.7), ("vit_mini", 0.8), ("dgt_mini", 0.8)])
+@pytest.mark.parametrize("name, floor", ACCURATE)
 def test_accuracy_on_held_out_photographs(name, floor, held_out):
     """What the file says of itself is what the model does."""
     images, labels, _ = (part[:400] for part in held_out)
@@ -125,7 +127,7 @@ def test_vit_mini_at_another_size():
         torch.testing.assert_close(made_for_it(image), model(image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "swin_mini", "vit_mini", "dgt_mini"])
+@pytest.mark.parametrize("name", [name for name, _ in ACCURATE])
 def test_pictures_are_traced(name):
     """A photograph of any size is brought to the model's; every layer explains itself; the rollout covers the image."""
     photo = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)

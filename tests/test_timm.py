@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dynattn
+from dynattn import weights
 from dynattn.models.dat import DAT
 from dynattn.models.dgt import DGT
 
@@ -23,7 +24,8 @@ def test_the_registry_has_them():
     assert timm.list_models("dat_*") == OURS
     assert all(map(timm.is_model, dynattn.list_models()))
     assert timm.list_models("dgt_*") == ["dgt_base", "dgt_mini", "dgt_small", "dgt_tiny"]
-    shipped = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"]
+    shipped = weights.shipped()
+    assert {"dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini"} <= set(shipped)
     assert [name for name in dynattn.list_models() if timm.is_model_pretrained(name)] == shipped
 
 

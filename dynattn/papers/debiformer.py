@@ -54,4 +54,4 @@ cost.register(
     ),
 )
 
-register_recipe("debiformer_mini", Recipe("debiformer_mini"))
+register_recipe("debiformer_mini", Recipe("debiformer_mini"), seeds=[0])
