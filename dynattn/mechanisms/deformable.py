@@ -71,7 +71,7 @@ def relative_bias(
     R = (queries[:, None] - points[:, :, None]) / 2  # (B, g, L, N, 2)
     tables = repeat(table, "(g m) I J -> (B g) m I J", B=B, g=G)
     bias = core.sample_points_torch(tables, rearrange(R, "B g L N two -> (B g) (L N) two"))
-    return rearrange(bias, "(B g) m (L N) -> B (g m) L N", B=B, L=len(queries))
+    return rearrange(bias, "(B g) m (L N) -> B (g m) L N", B=B, L=queries.shape[0])
 
 
 def deformable_attention_torch(q, k, v, points, table, query_shape, query_grid, scale, dropout=0.0):
