@@ -352,7 +352,7 @@ def test_a_step_of_training():
 
 @pytest.mark.slow
 def test_one_graph_for_any_size():
-    """torch.compile with sizes that the first call did not have, and torch.export; in a process without shape checks."""
+    """torch.compile at sizes that the first call did not have, and torch.export; in a process without shape checks."""
     program = f"""
         import torch, dynattn
         model = dynattn.create_model("debiformer_mini", **{SMALL}).eval()
