@@ -13,7 +13,7 @@ from dynattn import weights
 from dynattn.figures import gallery
 
 ROOT = Path(__file__).parents[1]
-MINIS = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"]
+MINIS = ["biformer_mini", "dat_mini", "debiformer_mini", "dgt_mini", "swin_mini", "vit_mini"]
 DATA = ("csv", "safetensors")
 
 

@@ -23,7 +23,7 @@ def test_the_registry_has_them():
     assert timm.list_models("dat_*") == OURS
     assert all(map(timm.is_model, dynattn.list_models()))
     assert timm.list_models("dgt_*") == ["dgt_base", "dgt_mini", "dgt_small", "dgt_tiny"]
-    shipped = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"]
+    shipped = ["biformer_mini", "dat_mini", "debiformer_mini", "dgt_mini", "swin_mini", "vit_mini"]
     assert [name for name in dynattn.list_models() if timm.is_model_pretrained(name)] == shipped
 
 
