@@ -192,7 +192,8 @@ def scale_or_default(scale: float | None, d: int) -> float:
     """`scale`, or the 1 / sqrt(d) of scaled dot products (DAT-2)."""
     if scale is None:
         return d**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not number or not (torch.compiler.is_compiling() or math.isfinite(scale)):  # graphs cannot ask this of a number
         raise ValueError(f"scale: expected a finite float or None, got {scale!r}")
     return float(scale)
 

@@ -1,6 +1,9 @@
 """DeBiFormer's models: equality with the published code, counts, ablations, arguments, sizes."""
 
 import csv
+import subprocess
+import sys
+import textwrap
 from decimal import Decimal
 
 import deterministic
@@ -345,3 +348,20 @@ def test_a_step_of_training():
     model = dynattn.create_model("debiformer_mini", **SMALL, **rates)
     model(torch.randn(4, 3, 48, 40)).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_one_graph_for_any_size():
+    """torch.compile at sizes that the first call did not have, and torch.export; in a process without shape checks."""
+    program = f"""
+        import torch, dynattn
+        model = dynattn.create_model("debiformer_mini", **{SMALL}).eval()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        with torch.no_grad():
+            for size in ((64, 64), (48, 56)):
+                images = torch.randn(2, 3, *size)
+                torch.testing.assert_close(compiled(images), model(images))
+            images = torch.randn(1, 3, 64, 64)
+            torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=600)
