@@ -333,7 +333,7 @@ def attention(setting: Setting) -> Drawing:
     marks = [
         (style.mark("*", style.RED, 16, markeredgecolor="white"), "query"),
         (style.mark("o", style.ORANGE, 11), "what it reads"),
-        (style.frame_mark(), "its window"),
+        (style.window_mark(), "its window"),
     ]
     style.key(sheet, [*marks, *object_key(pictures)])
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story, other.story], networks)
@@ -388,7 +388,7 @@ def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:
     weight = torch.zeros(len(xy)).index_add(0, same, torch.cat([read.weight for read in keys]).float()) / record.heads
     xy, weight = xy[weight > NOTHING], weight[weight > NOTHING]
     if record.kind == "window":
-        style.frame(ax, xy.numpy(), record.stride)
+        style.window(ax, xy.numpy(), record.stride)
     style.dots(ax, xy.numpy(), 2 * INK * weight.numpy(), style.ORANGE)
     style.star(ax, *record.cells()[record.query(row, col)].tolist())
 

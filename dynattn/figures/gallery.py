@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dynattn import __version__
-from dynattn.weights import replace
+from dynattn.weights import write_whole
 
 from .noise import alike, alike_pictures, rounded
 from .run import Drawing, Paper, Plan, Setting
@@ -53,11 +53,11 @@ def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
     there = {key(one): one for one in read(out) if (out / one["file"]).is_file()}
     picture = with_palette(stream.getvalue())
     if not unchanged(out, there.get(key(new)), new, picture):
-        replace(out / new["file"], picture)
+        write_whole(out / new["file"], picture)
         there[key(new)] = new
     entries = [there[one] for one in sorted(there)]
-    replace(out / CONDITIONS, as_json(entries).encode())
-    replace(out / README, readme(entries).encode())
+    write_whole(out / CONDITIONS, as_json(entries).encode())
+    write_whole(out / README, readme(entries).encode())
 
 
 def with_palette(picture: bytes) -> bytes:

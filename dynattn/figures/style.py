@@ -267,7 +267,7 @@ def star(ax: Axes, x: float, y: float) -> None:
     ax.plot(x, y, marker="*", markersize=21, color=RED, markeredgecolor=PAPER, markeredgewidth=1.3, zorder=7)
 
 
-def frame(ax: Axes, xy: Float[np.ndarray, "n 2"], stride: tuple[float, float]) -> None:
+def window(ax: Axes, xy: Float[np.ndarray, "n 2"], stride: tuple[float, float]) -> None:
     """A dashed box around cells, given by their centres and sides (rows, columns)."""
     side = np.array(stride[::-1])
     corner, size = xy.min(axis=0) - side / 2, np.ptp(xy, axis=0) + side
@@ -326,6 +326,6 @@ def edge_mark() -> Line2D:
     return Line2D([], [], color=PAPER, linewidth=2.2, path_effects=[halo])
 
 
-def frame_mark() -> Line2D:
-    """The mark of `frame` for `key`."""
+def window_mark() -> Line2D:
+    """The mark of `window` for `key`."""
     return Line2D([], [], color=INK, linewidth=1.7, linestyle=(0, (4, 2.5)))

@@ -159,11 +159,14 @@ def softmax_walk(logits: Tensor, states: Sequence[tuple[float, float]], tile: in
     left.set_title(f"tiles of {height} queries, blocks of {block} keys", loc="left", pad=12)
 
     right.plot(range(N), logits, "o", color="#999999", markersize=5)
-    for start, (top, bottom) in zip(blocks, states, strict=True):
+    for start, (row_max, row_sum) in zip(blocks, states, strict=True):
         end = min(start + block, N)
-        right.hlines(top, start - 0.5, end - 0.5, color=style.BLUE, linewidth=3)
+        right.hlines(row_max, start - 0.5, end - 0.5, color=style.BLUE, linewidth=3)
         right.axvline(end - 0.5, color="#BBBBBB", linewidth=1)
-        words, place = f"max {top:.2f}\nsum {bottom:.1f}".replace("-", "−"), dict(xycoords=("data", "axes fraction"))
+        words, place = (
+            f"max {row_max:.2f}\nsum {row_sum:.1f}".replace("-", "−"),
+            dict(xycoords=("data", "axes fraction")),
+        )
         right.annotate(words, ((start + end) / 2, 1.015), ha="center", va="bottom", **place)
     right.set(xlim=(-0.5, N - 0.5), xticks=[*blocks, N], xlabel="keys", ylabel="logit")
     right.set_title("one query: its logits, and after each block the maximum so far, in blue", pad=46)

@@ -141,6 +141,3 @@ def write_whole(file: str | Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-replace = write_whole  # the name that figures/gallery.py has for it
