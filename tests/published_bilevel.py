@@ -34,7 +34,7 @@ LOGITS = {
 def checkpoint(model: nn.Module) -> dict[str, Tensor]:
     """A state dict by the published names. A 1 x 1 convolution has the same numbers as the linear map."""
     own = model.state_dict()
-    names = model.published_names()
+    names = {name: entry.name for name, entry in model.published_entries().items()}
     made = {name: deterministic.tensor(names[name], tuple(old.shape)) for name, old in own.items()}
     return {names[name]: made[name] if old.is_floating_point() else old for name, old in own.items()}
 

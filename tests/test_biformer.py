@@ -45,7 +45,7 @@ def test_parameters_and_multiply_adds(name, unchecked):
 def test_names_and_shapes_are_the_published_ones(name, shared):
     with torch.device("meta"):
         model = dynattn.create_model(name)
-    names = model.published_names()
+    names = {name: entry.name for name, entry in model.published_entries().items()}
     ours = {names[own]: tuple(entry.shape) for own, entry in model.state_dict().items()}
     assert ours == published_bilevel.listed(shared / f"keys_{name}.tsv")
 

@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from dynattn import create_model, figures, official, tracing, weights
+from dynattn import create_model, figures, tracing, weights
 from dynattn.data import CLASSES, Shapes
 from dynattn.figures import dat, draw, gallery, measures, noise, run, subjects, sweep
 from dynattn.figures.tables import ALL, NETWORK, OTHER, OWN, Measure, Row, at, from_records, records, summary, table_of
@@ -406,7 +406,7 @@ def test_a_published_checkpoint(setup, photograph, tmp_path):
 
 def published(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights under the published names and in the published shapes."""
-    entries = official.dat_entries(model)
+    entries = model.published_entries()
     state = {entries[name].name: tensor for name, tensor in model.state_dict().items()}
     flat = lambda t: rearrange(t, "h I J -> (I J) h")  # noqa: E731
     return {key: flat(t) if key.endswith("relative_position_bias_table") else t for key, t in state.items()}

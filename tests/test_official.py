@@ -95,7 +95,7 @@ def test_every_published_entry_but_the_derived_ones_is_expected(name, entries, d
     assert (len(everything), len(everything) - len(learned)) == (entries, derived)
     with torch.device("meta"):
         model = dynattn.create_model(name)
-    expected = [entry.name for entry in official.dat_entries(model).values()]
+    expected = [entry.name for entry in model.published_entries().values()]
     assert set(expected) == learned and len(expected) == len(learned) == len(model.state_dict())
 
 
@@ -323,7 +323,7 @@ def test_a_model_made_for_a_size_equals_one_that_is_run_at_it(size, small, loade
 def test_fixed_tables_are_resized_too(small):
     """Table 6's "fixed" bias: an entry for each query and point."""
     options = published_dat.SMALL | dict(position_bias="fixed")
-    names = official.dat_entries(dynattn.create_model("dat_tiny", **options)).values()
+    names = dynattn.create_model("dat_tiny", **options).published_entries().values()
     state = {entry.name: small[entry.name] for entry in names}
     for stage, block, cells in ((2, 1, 196), (2, 3, 196), (2, 5, 196), (3, 1, 49)):
         heads, name = 4 if stage == 2 else 8, f"stages.{stage}.attns.{block}.rpe_table"

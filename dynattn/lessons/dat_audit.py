@@ -212,7 +212,7 @@ def deterministic(name: str, shape: tuple[int, ...]) -> Tensor:
 def published_state(model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint of deterministic numbers, as the authors' code would write it."""
     state, own = {}, model.state_dict()
-    for name, entry in official.dat_entries(model).items():
+    for name, entry in model.published_entries().items():
         shape = tuple(own[name].shape)
         if entry.name.endswith("relative_position_bias_table"):
             shape = (shape[1] * shape[2], shape[0])  # ours: (heads, rows, columns), theirs: (entries, heads)

@@ -17,7 +17,7 @@ sqrt(d), the width of a head, as the text of DeBiFormer has it. Ledger: papers/d
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from einops import rearrange
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from dynattn import core, tracing
 from dynattn.mechanisms.bilevel import BiLevelRoutingAttention
 from dynattn.mechanisms.dense import DenseRecord
 from dynattn.models.layers import Backbone, Stage, check_dtype, check_stages, drop_path_rates, initialise
+from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 
 SCALES = {"official": "dim", "paper": "head"}
@@ -126,9 +127,15 @@ class BiLevelModel(Backbone):
         """As of every backbone, with the first convolution of its stem."""
         return super().configuration(**options) | dict(first_conv="embed.convs.0")
 
-    def published_names(self) -> dict[str, str]:
-        """What the published code calls each of our entries."""
-        return {name: self.published_name(name) for name in self.state_dict()}
+    def published_entries(self) -> dict[str, Entry]:
+        """What the published code calls our entries. 1 x 1 convolutions become linear, tables are resized."""
+
+        def fitted(ours: Tensor) -> Callable[[Tensor], Tensor]:
+            if ours.ndim == 3:
+                return lambda table: core.resize_table(table, tuple(ours.shape[1:]))
+            return lambda tensor: tensor[:, :, 0, 0] if tensor.ndim == 4 and ours.ndim == 2 else tensor
+
+        return {name: Entry(self.published_name(name), fitted(ours)) for name, ours in self.state_dict().items()}
 
     def published_name(self, name: str) -> str:
         """What the published code calls one of our entries: the convolutions between the stages, norm and head."""
@@ -250,3 +257,5 @@ register_model("biformer_tiny", BiFormer, **TINY)
 register_model("biformer_small", BiFormer, **SMALL)
 register_model("biformer_base", BiFormer, **BASE)
 register_model("biformer_mini", BiFormer, **MINI)
+
+register_published("stages.0.0.attn.qkv.qkv.weight", identify)

@@ -20,9 +20,11 @@ Each keyword can be given alone, e.g. `create_model("dat_tiny", variant="paper",
 kernels=(9, 7, 5, 3))` reads the text with the published weights.
 """
 
+import re
 from collections.abc import Sequence
 
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
 from dynattn import core
 from dynattn.mechanisms.baselines import SpatialReductionAttention
@@ -39,7 +41,8 @@ from dynattn.models.layers import (
     drop_path_rates,
     initialise,
 )
-from dynattn.models.registry import register_model
+from dynattn.models.published import Entry, register_published
+from dynattn.models.registry import build_of, register_model
 
 VARIANTS = {
     "official": dict(reference="centre", offset_unit="half_cell", offset_norm=True, kernels=(9, 7, 5, 3), shift="up"),
@@ -191,6 +194,11 @@ class DAT(Backbone):
         """As of every backbone, with the first convolution of its stem."""
         return super().configuration(**options) | dict(first_conv="embed.convs.0.0" if conv_stem else "embed.proj")
 
+    def published_entries(self) -> dict[str, Entry]:
+        """What the published code calls our entries."""
+        modules = dict(self.named_modules())
+        return {name: published_entry(name, modules) for name in self.state_dict()}
+
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the model one for images of this size (H, W): the bias tables are resized (bicubic)."""
         super().set_input_size(img_size)
@@ -252,3 +260,92 @@ register_model("dat_base", DAT, **BASE)
 register_model("dat_base_384", DAT, **BASE_384)
 register_model("dat_tiny_conv", DAT, **TINY_CONV)
 register_model("dat_mini", DAT, **MINI)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def published_entry(name: str, modules: dict[str, nn.Module]) -> Entry:
+    """What the published code calls one of our entries; `name` itself for what only the small models have."""
+    head, _, last = name.rpartition(".")
+    if found := re.fullmatch(r"(embed|stages\.(\d+)\.down)\.(proj|norm)", head):
+        place = "patch_proj" if found[1] == "embed" else f"down_projs.{int(found[2]) - 1}"
+        return Entry(f"{place}.{'0' if found[3] == 'proj' else '1.norm'}.{last}")
+    if head in ("norm", "head"):
+        return Entry(f"{'cls_norm.norm' if head == 'norm' else 'cls_head'}.{last}")
+    found = re.fullmatch(r"(stages\.\d+)\.blocks\.(\d+)\.((norm|mlp|attn).+)", name)
+    if not found:
+        return Entry(name)
+    stage, block, rest = found.group(1, 2, 3)
+    if found := re.fullmatch(r"norm([12])\.(\w+)", rest):
+        return Entry(f"{stage}.layer_norms.{2 * int(block) + int(found[1]) - 1}.norm.{found[2]}")
+    if found := re.fullmatch(r"mlp\.fc([12])\.(\w+)", rest):
+        return Entry(f"{stage}.mlps.{block}.chunk.linear{found[1]}.{found[2]}")
+    attention, path = modules[f"{stage}.blocks.{block}.attn"], f"{stage}.attns.{block}"
+    return attention_entry(attention, path, rest.removeprefix("attn."))
+
+
+def attention_entry(attention: nn.Module, path: str, rest: str) -> Entry:
+    """The same for an entry `rest` of an attention layer, which is published under `path`."""
+    as_linear = lambda t: t[:, :, 0, 0] if t.shape[2:] == (1, 1) else t  # noqa: E731  (they have 1 x 1 convolutions)
+    if rest == "table" and isinstance(attention, WindowAttention):
+        side = 2 * attention.window - 1
+        return Entry(
+            f"{path}.relative_position_bias_table",
+            lambda t: core.resize_table(rearrange(t, "(I J) h -> h I J", I=int(len(t) ** 0.5)), (side, side)),
+        )
+    if rest == "table" and isinstance(attention, DeformableAttention):
+        return Entry(f"{path}.rpe_table", lambda t: fit_deformable_table(t, attention))
+    names = {
+        "qkv": "proj_qkv",
+        "proj": "proj_out",
+        "q": "proj_q",
+        "k": "proj_k",
+        "v": "proj_v",
+        "offset.depthwise": "conv_offset.0",
+        "offset.norm": "conv_offset.1.norm",
+        "offset.pointwise": "conv_offset.3",
+        "dwconv": "rpe_table",
+    }
+    module, _, last = rest.rpartition(".")
+    keep_shape = module in ("offset.depthwise", "dwconv")
+    return Entry(f"{path}.{names.get(module, module)}.{last}", (lambda t: t) if keep_shape else as_linear)
+
+
+def fit_deformable_table(table: Tensor, attention: DeformableAttention) -> Tensor:
+    """A published table for the map that our layer was made for."""
+    size = tuple(attention.table.shape[1:])
+    if tuple(table.shape[1:]) == size or attention.position_bias == "relative":
+        return core.resize_table(table, size)
+    old = int(table.shape[1] ** 0.5)
+    return core.resize_fixed(table, (old, old), attention.map_size, attention.stride)
+
+
+def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The `create_model` name and arguments that fit a published DAT."""
+    stem = state["patch_proj.0.weight"]
+    blocks = {int(found[1]) for key in state if (found := re.match(r"stages\.2\.layer_norms\.(\d+)\.", key))}
+    depth = (max(blocks) + 1) // 2 if blocks else 0
+    window = (int(len(state["stages.0.attns.0.relative_position_bias_table"]) ** 0.5) + 1) // 2
+    names = {(96, 6, 4, 7): "dat_tiny", (96, 6, 7, 7): "dat_tiny_conv", (96, 18, 4, 7): "dat_small"}
+    names |= {(128, 18, 4, 7): "dat_base", (128, 18, 4, 12): "dat_base_384"}
+    found = (stem.shape[0], depth, stem.shape[-1], window)
+    if found not in names:
+        raise ValueError(
+            "state_dict: a DAT that is none of the published ones: "
+            f"{found[0]} stem channels, {depth} blocks in stage 3, a {found[2]} x {found[2]} stem, windows of {window}"
+        )
+    name, options = names[found], {}
+    defaults = {"num_classes": 1000, "img_size": 224} | build_of(names[found])[1]
+    classes = state["cls_head.weight"].shape[0] if "cls_head.weight" in state else 0
+    tables = [t for key, t in sorted(state.items()) if re.match(r"stages\.2\.attns\.\d+\.rpe_table$", key)]
+    size = tuple((side + 1) // 2 * 16 for side in tables[0].shape[1:]) if tables else (defaults["img_size"],) * 2
+    for key, value in (("num_classes", classes), ("img_size", size[0] if size[0] == size[1] else size)):
+        if value != defaults[key]:
+            options[key] = value
+    return name, options
+
+
+register_published("patch_proj.0.weight", identify)

@@ -33,6 +33,7 @@ from dynattn.mechanisms.deformable_bilevel import ConvFFN, DeformableBiLevelAtte
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.models.biformer import BiLevelBlock, BiLevelModel, FullAttention, each_stage, identified
 from dynattn.models.layers import Block, PatchEmbedding, Stage, check_stages, drop_path_rates, initialise
+from dynattn.models.published import register_published
 from dynattn.models.registry import register_model
 
 VARIANTS = {
@@ -278,3 +279,5 @@ register_model("debiformer_tiny", DeBiFormer, **TINY)
 register_model("debiformer_small", DeBiFormer, **SMALL)
 register_model("debiformer_base", DeBiFormer, **BASE)
 register_model("debiformer_mini", DeBiFormer, **MINI)
+
+register_published("stages.0.0.attn2.rpe_table", identify)

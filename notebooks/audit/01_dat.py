@@ -572,7 +572,7 @@ def without_down_norm(model: nn.Module) -> None:
 def logits_of(change=None, **options) -> torch.Tensor:
     """dat_tiny's logits under the deterministic weights, in float32."""
     model = dynattn.create_model("dat_tiny", **options).eval()
-    names = {entry.name for entry in official.dat_entries(model).values()}
+    names = {entry.name for entry in model.published_entries().values()}
     dynattn.load_official(model, {name: tensor for name, tensor in state.items() if name in names})
     if change is not None:
         change(model)
