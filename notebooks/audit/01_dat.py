@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynattn
-from dynattn import core, cost, official, ops, verify, weights
+from dynattn import core, cost, ops, verify, weights
 from dynattn.bench import deformable as bench
 from dynattn.figures.measures import propagate
 from dynattn.lessons.notebook import ledger, measured, recorded, show
