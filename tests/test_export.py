@@ -120,7 +120,7 @@ def test_compiled_once_for_many_sizes(name, training):
     """torch.compile(dynamic=True): no new graph for another size, whether windows divide it or not.
 
     Torch itself makes another graph for one window where there were several, for one image, for sixteen or more, and
-    where two sizes that it does not know were equal at first, as the sides of a square image or the batch and the heads.
+    where two sizes were equal at first, as the sides of a square image, or the batch and the heads.
     In training the second call of dynamic groups finds the sums that the first has started. The plain model is another
     one: what its dynamic groups count in training is a number that a graph is made for.
     """
