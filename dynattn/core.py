@@ -123,9 +123,7 @@ def require(held: Tensor | bool, message: str) -> None:
 
 
 def remind(count: int, limit: int, message: str) -> int:
-    """One more than `count`; a warning where that is `limit`. Compiled graphs do not count: it would be a constant."""
-    if torch.compiler.is_compiling():
-        return count
+    """One more than `count`; a warning where that is `limit`."""
     if count + 1 == limit:
         warnings.warn(message, stacklevel=3)
     return count + 1

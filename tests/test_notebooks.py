@@ -80,7 +80,11 @@ def numbers_in(prose: str) -> list[str]:
 def test_there_are_notebooks():
     assert {"00_tour", "01_dat", "audit/01_dat", "audit/04_dgt"} <= set(NAMES)
     assert sorted(NAMES) == build().NAMES
-    assert sorted(NAMES) == sorted(str(file.relative_to(FOLDER).with_suffix("")) for file in FOLDER.rglob("*.ipynb"))
+    assert sorted(NAMES) == sorted(
+        str(file.relative_to(FOLDER).with_suffix(""))
+        for file in FOLDER.rglob("[0-9]*.ipynb")
+        if file.parent.name != ".ipynb_checkpoints"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

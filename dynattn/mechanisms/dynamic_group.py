@@ -292,9 +292,10 @@ class DynamicGroupAttention(nn.Module):
         units = F.normalize(q, dim=-1).reshape(-1, q.shape[-1])  # DGT-3: Norm(x)
         self.sums.view(-1, q.shape[-1]).index_add_(0, index, units.to(self.sums))
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
-        advice = "call model.update_centroids(lr) after each step of the optimiser: help(dynattn.models.dgt.DGT)"
-        message = f"dynamic groups: 50 forward passes in training, and the centroids were not moved; {advice}"
-        self.waiting = core.remind(self.waiting, 50, message)
+        if not torch.compiler.is_compiling():  # a graph that reads the number would be made again for each
+            advice = "call model.update_centroids(lr) after each step of the optimiser: help(dynattn.models.dgt.DGT)"
+            message = f"dynamic groups: 50 forward passes in training, and the centroids were not moved; {advice}"
+            self.waiting = core.remind(self.waiting, 50, message)
 
     @torch.no_grad()
     def update_centroids(self, lr: float = 1e-3) -> None:
