@@ -115,9 +115,12 @@ def rows() -> dict[str, Benchmark]:
     found = {}
     for name, backward in (("forward", False), ("both", True)):
         what = "  with the backward" if backward else "routed attention, stage 1: gather / numba"
-        times, rate = partial(partial, speed_up), partial(share, backward)
-        found[f"{name} r"] = Benchmark(what, times("gather", backward), 3, least=True, share=rate)
-        found[f"{name} c"] = Benchmark("  copies / numba", times("torch", backward), 1, least=True, share=rate)
+        rate, gather, copies = (
+            partial(share, backward),
+            *(partial(speed_up, way, backward) for way in ("gather", "torch")),
+        )
+        found[f"{name} r"] = Benchmark(what, gather, 3, least=True, share=rate)
+        found[f"{name} c"] = Benchmark("  copies / numba", copies, 1, least=True, share=rate)
     found["memory r"] = Benchmark("  extra memory at 1 x 20 x 600 x 500", memory, 200, "MB")
     for name, bound in (("biformer_tiny", 1.3), ("biformer_small", 1.6), ("debiformer_tiny", 1.8)):
         found[name] = Benchmark("  multiply-add / of timm's Swin-T", partial(model, name), bound)
