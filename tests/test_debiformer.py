@@ -351,17 +351,30 @@ def test_a_step_of_training():
 
 
 @pytest.mark.slow
-def test_one_graph_for_any_size():
-    """torch.compile at sizes that the first call did not have, and torch.export; in a process without shape checks."""
+def test_a_compiled_and_an_exported_model():
+    """torch.compile of both models without a break, one layer of agents for any size, and torch.export.
+
+    In a process without shape checks, which graphs cannot have.
+    """
     program = f"""
         import torch, dynattn
-        model = dynattn.create_model("debiformer_mini", **{SMALL}).eval()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        sizes = {SMALL}
+        agents = sizes.pop("agent_topk")
+        models = [dynattn.create_model("debiformer_mini", **sizes, agent_topk=agents).eval()]
+        models += [dynattn.create_model("biformer_mini", **sizes).eval()]
+        images = torch.randn(2, 3, 50, 44)
         with torch.no_grad():
-            for size in ((64, 64), (48, 56)):
-                images = torch.randn(2, 3, *size)
+            for model in models:
+                torch.compiler.reset()
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
                 torch.testing.assert_close(compiled(images), model(images))
-            images = torch.randn(1, 3, 64, 64)
-            torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+                exported = torch.export.export(model, (images,)).module()
+                torch.testing.assert_close(exported(images), model(images))
+            torch.compiler.reset()
+            layer = models[0].stages[0].blocks[1].attn
+            compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+            for shape in ((16, 16), (7, 9)):
+                x = torch.randn(1, *shape, 16)
+                torch.testing.assert_close(compiled(x), layer(x))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=600)

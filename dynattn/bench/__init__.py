@@ -4,6 +4,7 @@ model     a multiply-add of dat_tiny beside one of timm's Swin-T: forward, 8 ima
 import    `import dynattn` beside `import torch`, each in a new process
 figures   `dynattn figures`, in seconds
 ops       the kernels beside the torch forms and the loops: time, and memory; and as a share of torch.mm's rate
+routed    the same of routed attention, and a multiply-add of BiFormer and DeBiFormer beside one of Swin-T
 cuda      grouped attention on a GPU beside flash attention, flex_attention and others
 """
 
@@ -16,7 +17,7 @@ from time import perf_counter
 
 import torch
 
-from dynattn.bench import cuda, deformable, grouped
+from dynattn.bench import cuda, deformable, grouped, routed
 from dynattn.bench.timing import Benchmark, in_turn, threads
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ BENCHMARKS = {
     "import": Benchmark("import dynattn / import torch", imports, 1.3),
     "figures": Benchmark("dynattn figures", figures, 180, "s"),
 }
-GROUPS = {"ops": lambda: deformable.rows() | grouped.rows()}
+GROUPS = {"ops": lambda: deformable.rows() | grouped.rows(), "routed": routed.rows}
 TABLES = {"cuda": cuda.main}  # with a table of their own
 
 
