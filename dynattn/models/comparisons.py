@@ -19,9 +19,7 @@ from dynattn.models.layers import (
     ConvStem,
     LocalConv,
     PatchEmbedding,
-    Stage,
     check_stages,
-    drop_path_rates,
     initialise,
 )
 from dynattn.models.registry import register_model
@@ -221,10 +219,10 @@ class CSWin(GroupedModel, Backbone):
         core.rate("drop_rate", drop_rate)
         core.rate("attn_drop_rate", attn_drop_rate)
         core.rate("proj_drop_rate", proj_drop_rate)
-        count = check_stages(depths, heads=heads, stripes=stripes)
+        check_stages(depths, heads=heads, stripes=stripes)
 
-        def block(i: int, rate: float) -> Block:
-            """A block of stage i."""
+        def block(i: int, d: int, rate: float) -> Block:
+            """Block d of stage i."""
             size = dict(dim=dims[i], heads=heads[i], attn_drop=attn_drop_rate)
             if attention == "cross_shaped":
                 attn = CrossShapedWindowAttention(**size, stripe=stripes[i])
@@ -232,12 +230,9 @@ class CSWin(GroupedModel, Backbone):
                 attn = DynamicGroupAttention(**size, groups=groups, keys=keys, position_encoding=True)
             return Block(dims[i], attn, drop_path=rate, proj_drop=proj_drop_rate)
 
-        rates = drop_path_rates(drop_path_rate, tuple(depths))
+        merge = lambda i: PatchEmbedding(dims[i - 1], dims[i], 3, 2) if i else nn.Identity()  # noqa: E731
         self.embed = PatchEmbedding(in_chans, dims[0], 7, 4)
-        self.stages = nn.ModuleList()
-        for i in range(count):
-            merge = PatchEmbedding(dims[i - 1], dims[i], 3, 2) if i else nn.Identity()
-            self.stages.append(Stage(merge, [block(i, rate) for rate in rates[i]]))
+        self.add_stages(depths, merge, block, drop_path_rate)
         self.norm = nn.LayerNorm(dims[-1])
         self.add_head(drop_rate)
         self.apply(initialise)

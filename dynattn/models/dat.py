@@ -36,9 +36,7 @@ from dynattn.models.layers import (
     Block,
     ConvStem,
     PatchEmbedding,
-    Stage,
     check_stages,
-    drop_path_rates,
     initialise,
 )
 from dynattn.models.published import Entry, register_published
@@ -171,16 +169,13 @@ class DAT(Backbone):
             kernel = (7 if i < 0 else 3) if conv_embedding else stride
             return PatchEmbedding(channels, out, kernel, stride, bias=i < 0)
 
-        rates = drop_path_rates(drop_path_rate, tuple(depths))
+        def block(i: int, d: int, rate: float) -> nn.Module:
+            """Block d of stage i."""
+            attn = attention(i, blocks[i][d % len(blocks[i])])
+            return Block(dims[i], attn, drop_path=rate, proj_drop=proj_drop_rate, local_conv=local_convs)
+
         self.embed = embedding(-1)
-        self.stages = nn.ModuleList()
-        for i in range(count):
-            kinds = [blocks[i][d % len(blocks[i])] for d in range(depths[i])]
-            layers = [
-                Block(dims[i], attention(i, kind), drop_path=rate, proj_drop=proj_drop_rate, local_conv=local_convs)
-                for kind, rate in zip(kinds, rates[i], strict=True)
-            ]
-            self.stages.append(Stage(embedding(i - 1) if i else nn.Identity(), layers))
+        self.add_stages(depths, lambda i: embedding(i - 1) if i else nn.Identity(), block, drop_path_rate)
         self.norm = nn.LayerNorm(dims[-1])
         self.add_head(drop_rate)
         self.head.apply(initialise)

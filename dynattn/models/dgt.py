@@ -36,10 +36,8 @@ from dynattn.models.layers import (
     Backbone,
     Block,
     PatchEmbedding,
-    Stage,
     check_dtype,
     check_stages,
-    drop_path_rates,
     initialise,
 )
 from dynattn.models.registry import register_model
@@ -256,13 +254,9 @@ class DGT(GroupedModel, Backbone):
                 )
             return DGTBlock(dims[i], attn, **drop, post_norm=post_norm)
 
-        stem_dim = dims[0] // 2
-        rates = drop_path_rates(drop_path_rate, tuple(depths))
-        self.embed = Stem(in_chans, stem_dim)
-        self.stages = nn.ModuleList()
-        for i in range(count):
-            merge = PatchEmbedding(dims[i - 1] if i else stem_dim, dims[i], 3, 2)
-            self.stages.append(Stage(merge, [layer(i, d, rate) for d, rate in enumerate(rates[i])]))
+        widths = dims[0] // 2, *dims
+        self.embed = Stem(in_chans, widths[0])
+        self.add_stages(depths, lambda i: PatchEmbedding(widths[i], widths[i + 1], 3, 2), layer, drop_path_rate)
         self.norm = nn.Identity()  # a LayerNorm here would miss the parameters of DGT-S
         self.widen = nn.Sequential(nn.Conv2d(dims[-1], head_dim, 1), nn.BatchNorm2d(head_dim), nn.SiLU())
         self.add_head(drop_rate)

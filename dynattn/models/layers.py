@@ -4,7 +4,7 @@ Maps are channels-last (B, H, W, C) between layers. A map whose side is odd is p
 so that every stage has the ceiling of half the side before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -178,7 +178,7 @@ class Backbone(nn.Module):
         depths: Sequence[int],
         global_pool: str,
     ):
-        """What the constructors of all models check and keep; the modules are theirs, `add_head` makes the last ones.
+        """What the constructors of all models check and keep; `add_stages` and `add_head` make what they share.
 
         dims, depths: channels and number of blocks by stage; the strides are 4, 8, 16 and so on. global_pool: "avg" or
         "max" of the last map, or "" for the map itself, where num_classes is 0.
@@ -192,6 +192,22 @@ class Backbone(nn.Module):
         self.num_features = self.head_hidden_size = dims[count - 1]
         self.global_pool = global_pool
         self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(count)]
+
+    def add_stages(
+        self,
+        depths: Sequence[int],
+        down: Callable[[int], nn.Module],
+        block: Callable[[int, int, float], nn.Module],
+        drop_path_rate: float,
+    ) -> None:
+        """The stages, of blocks whose stochastic depth grows from 0 to `drop_path_rate`.
+
+        down(i): what brings the map to stage i. block(i, d, rate): block d of stage i, of this rate.
+        """
+        self.stages = nn.ModuleList()
+        for i, rates in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
+            blocks = [block(i, d, rate) for d, rate in enumerate(rates)]
+            self.stages.append(Stage(down(i), blocks))
 
     def add_head(self, drop_rate: float) -> None:
         """Dropout and a classifier for `head_hidden_size` channels."""
