@@ -63,7 +63,7 @@ MUTATIONS = [
     Mutation("mechanisms/dynamic_group.py", "likes > least, likes", "likes < least, likes", "test_dynamic_group.py"),
     Mutation("mechanisms/dynamic_group.py", "(1 - tau, tau)", "(1 - tau, 2 * tau)", "test_dynamic_group.py"),
     Mutation("mechanisms/dynamic_group.py", "tau = 0.1 * lr", "tau = lr", "test_dynamic_group.py"),
-    Mutation("mechanisms/bilevel.py", "read.sum(dim=-1)", "read.sum(dim=-1).clamp(max=2)", "test_bilevel.py"),
+    Mutation("kernels/routed.py", "read.sum(dim=-1)", "read.sum(dim=-1).clamp(max=2)", "test_bilevel.py"),
     # kernels
     Mutation(
         "kernels/sampling_numba.py",
@@ -98,9 +98,9 @@ MUTATIONS = [
     ),
     # official
     Mutation(
-        "official.py", "2 * int(block) + int(found[1]) - 1", "2 * int(block) + 2 - int(found[1])", "test_official.py"
+        "models/dat.py", "2 * int(block) + int(found[1]) - 1", "2 * int(block) + 2 - int(found[1])", "test_official.py"
     ),
-    Mutation("official.py", '"q": "proj_q",', '"q": "proj_k",', "test_official.py"),
+    Mutation("models/dat.py", '"q": "proj_q",', '"q": "proj_k",', "test_official.py"),
     # data
     Mutation(
         "data/images.py",
