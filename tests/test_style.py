@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dynattn"
@@ -182,6 +183,13 @@ INHERITED = {"forward", "extra_repr", "weights", "effective_matrix", "value", "o
 @pytest.mark.parametrize("path", FILES, ids=lambda p: "/".join(parts(p)))
 def test_everything_public_has_a_docstring(path):
     assert [name for name in undocumented(path) if name not in INHERITED] == []
+
+
+def test_the_list_of_mutations_is_not_old():
+    """Every text that `tests/mutations.py` replaces stands once in its file."""
+    assert len(MUTATIONS) == 30
+    for number, mutation in enumerate(MUTATIONS):
+        assert (PACKAGE / mutation.file).read_text().count(mutation.old) == 1, number
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: "/".join(parts(p)))
