@@ -32,7 +32,7 @@ lens
 # %% [markdown]
 # The window does not reach the bird. Dense attention reaches it and pays for every token of the image. DAT reaches it
 # with a few points. Those points are the same for every query: click twice and compare. Only the weights change.
-# The layer is one whose points depend on the image. In the first two of DAT's four layers they hardly do: section 8
+# The layer is one whose points depend on the image. In the first of DAT's four layers they hardly do: section 8
 # measures it.
 #
 # ## 2. Notation

@@ -134,6 +134,18 @@ def test_propagated_scores_with_known_answers():
     assert share == pytest.approx((0.375 + 0.5 + 0.25) / 3)
 
 
+def test_the_part_of_the_offsets_that_depends_on_the_image():
+    """Two images, one group, two points. Squares of the lengths by hand."""
+    same = torch.tensor([[[3.0, 4.0], [3.0, 4.0]]])  # one shift for both points
+    assert measures.image_share(torch.stack([same, same])) == (0.0, 1.0)
+    turned = torch.tensor([[[3.0, 4.0], [-3.0, -4.0]]])  # the same for every image, and no shift
+    assert measures.image_share(torch.stack([turned, turned])) == (0.0, 0.0)
+    assert measures.image_share(torch.stack([turned, -turned])) == (1.0, 0.0)
+    share, shift = measures.image_share(torch.stack([same + turned, same - turned]))  # means: (3, 4) everywhere
+    assert share == pytest.approx(0.5) and shift == pytest.approx(0.5)
+    assert measures.image_share(torch.zeros(3, 1, 2, 2)) == (0.0, 0.0)
+
+
 def test_evaluation_of_points_that_lie_where_the_mask_is(monkeypatch):
     """A network whose points sit on the object of every image: own share 1, ratio as many times as objects differ."""
     rng = np.random.default_rng(0)
