@@ -49,13 +49,13 @@ def write(out: Path, new: dict[str, Any], figure: Figure) -> None:
     new = rounded(new)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Title": new["title"], "Description": new["caption"]})
-    key = lambda one: (one["paper"], isinstance(one["figure"], str), one["figure"])  # noqa: E731  (tables come last)
-    there = {key(one): one for one in read(out) if (out / one["file"]).is_file()}
+    key = lambda item: (item["paper"], isinstance(item["figure"], str), item["figure"])  # noqa: E731  (tables come last)
+    there = {key(item): item for item in read(out) if (out / item["file"]).is_file()}
     picture = with_palette(stream.getvalue())
     if not unchanged(out, there.get(key(new)), new, picture):
         write_whole(out / new["file"], picture)
         there[key(new)] = new
-    entries = [there[one] for one in sorted(there)]
+    entries = [there[item] for item in sorted(there)]
     write_whole(out / CONDITIONS, as_json(entries).encode())
     write_whole(out / README, readme(entries).encode())
 
@@ -110,15 +110,15 @@ def readable(measure: dict[str, Any]) -> bool:
 def readme(entries: list[dict[str, Any]]) -> str:
     """The gallery as Markdown."""
     parts = ["# Figures\n\nDrawn by `dynattn figures`. Every number is in [conditions.json](conditions.json).\n"]
-    papers = [one.get("paper_name", one["paper"].upper()) for one in entries]
-    for i, one in enumerate(entries):
+    papers = [item.get("paper_name", item["paper"].upper()) for item in entries]
+    for i, item in enumerate(entries):
         if papers[i] not in papers[:i]:
             parts.append(f"## {papers[i]}\n")
-        parts.append(f"### {one['title']}\n\n![{one['title']}]({one['file']})\n\n{one['caption']}\n")
+        parts.append(f"### {item['title']}\n\n![{item['title']}]({item['file']})\n\n{item['caption']}\n")
         rows = ["| measure | trained | random weights | another image's mask |", "| --- | --- | --- | --- |"]
-        rows += ["| " + " | ".join(cells(Measure.read(measure))) + " |" for measure in one["measures"]]
+        rows += ["| " + " | ".join(cells(Measure.read(measure))) + " |" for measure in item["measures"]]
         parts.append("\n".join(rows) + "\n")
-        commands = {w["file"]: w.get("command") for w in one["weights"]}
+        commands = {w["file"]: w.get("command") for w in item["weights"]}
         parts += [f"`{file}` was made by `{command}`.\n" for file, command in commands.items() if command]
     return "\n".join(parts)
 
@@ -141,7 +141,7 @@ def cells(measure: Measure) -> list[str]:
 def table(entries: list[dict[str, Any]], out: Path, paper: Paper) -> str:
     """What all figures measured, in columns, and where the pictures lie."""
     rows = [["figure", "measure", "trained", "random weights", "another image's mask"]]
-    measures = [(str(entry["figure"]), Measure.read(one)) for entry in entries for one in entry["measures"]]
+    measures = [(str(entry["figure"]), Measure.read(measure)) for entry in entries for measure in entry["measures"]]
     rows += [[figure, *cells(measure)] for figure, measure in measures]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

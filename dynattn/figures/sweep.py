@@ -64,12 +64,14 @@ def measure(setting: Setting, sweep: Sweep) -> Found:
     """Measure every network of a sweep, and the random ones."""
     n, count = sweep.images
     images, labels, _ = (part[:n] for part in setting.test_set)
-    networks = {name: one.model for column in sweep.named.values() for name, one in column.items()} | sweep.chance
+    networks = {
+        name: subject.model for column in sweep.named.values() for name, subject in column.items()
+    } | sweep.chance
     tables = {name: setting.evaluation(name, model, count) for name, model in networks.items()}
     random = {name: float(means(joined({name: tables[name]}), "accuracy").value.iloc[0]) for name in sweep.chance}
     accuracies, shares = [], []
     for label, column in sweep.named.items():
-        values = {name: evaluate(one.model, images, labels)[0] for name, one in column.items()}
+        values = {name: evaluate(subject.model, images, labels)[0] for name, subject in column.items()}
         error = (np.mean(list(values.values())) * (1 - np.mean(list(values.values()))) / n) ** 0.5
         accuracies.append(of_seeds(Measure(f"accuracy, {label}", 0.0, random, n, standard_error=float(error)), values))
         rows = joined({name: sweep.place(tables[name]) for name in [*column, *sweep.chance]})
@@ -106,8 +108,10 @@ def errors_of(sweep: Sweep) -> str:
 
 def plot(ax: Axes, measures: Sequence[Measure], name: str, scale: float = 1.0, *, from_zero: bool = False) -> None:
     """A measure over the columns, with the seeds that each value is the mean of."""
-    value, error = (scale * np.array([getattr(one, key) for one in measures]) for key in ("trained", "standard_error"))
-    each = [[scale * seed for seed in one.seeds.values()] for one in measures]
+    value, error = (
+        scale * np.array([getattr(found, key) for found in measures]) for key in ("trained", "standard_error")
+    )
+    each = [[scale * seed for seed in found.seeds.values()] for found in measures]
     style.series(ax, value, error, name, from_zero=from_zero, each=each if any(each) else ())
 
 

@@ -122,7 +122,7 @@ class Measure:
 
     def entry(self) -> dict[str, Any]:
         """What conditions.json has of it; of the last five fields only those that there are."""
-        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
         always = ("name", "trained", "random", "n", "other")
         return {name: value for name, value in found.items() if name in always or value not in (None, {})}
 
