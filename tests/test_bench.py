@@ -88,6 +88,6 @@ def test_unknown_names(names):
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
-    with bench.threads(1):
+    with timing.threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

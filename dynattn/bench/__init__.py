@@ -15,33 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-import torch
-
 from dynattn.bench import cuda, deformable, grouped, routed
-from dynattn.bench.timing import Benchmark, in_turn, threads
+from dynattn.bench.timing import Benchmark, in_turn, model_over_swin
 
 ROOT = Path(__file__).parents[2]
 
 
 def model(rounds: int = 7) -> float:
     """Time for a multiply-add of dat_tiny over that of timm's swin_tiny_patch4_window7_224."""
-    import timm
-
-    from dynattn import cost, create_model
-
-    images = torch.randn(8, 3, 224, 224)
-    models = [create_model("dat_tiny").eval(), timm.create_model("swin_tiny_patch4_window7_224").eval()]
-
-    def forward(model: torch.nn.Module) -> float:
-        start = perf_counter()
-        model(images)
-        return perf_counter() - start
-
-    with threads(2), torch.inference_mode():
-        for one in models:  # the first call allocates
-            forward(one)
-        ours, theirs = in_turn(lambda: forward(models[0]), lambda: forward(models[1]), rounds)
-    return (ours / cost.count(models[0], 224).macs) / (theirs / cost.count(models[1], 224).macs)
+    return model_over_swin("dat_tiny", rounds)
 
 
 def imports(rounds: int = 5) -> float:

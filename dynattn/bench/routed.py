@@ -8,14 +8,13 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynattn.bench.grouped import on_one_thread
-from dynattn.bench.timing import Benchmark, in_turn, multiply_adds, share_of_mm, threads
+from dynattn.bench.timing import Benchmark, in_turn, model_over_swin, multiply_adds, share_of_mm, threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,27 +88,6 @@ def memory() -> float:
     return int(subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout) / 1e6
 
 
-def model(name: str, rounds: int = 5) -> float:
-    """Time for a multiply-add of a model over that of timm's Swin-T: forward, 8 images of 224 x 224, two threads."""
-    import timm
-
-    from dynattn import cost, create_model
-
-    images = torch.randn(8, 3, 224, 224)
-    models = [create_model(name).eval(), timm.create_model("swin_tiny_patch4_window7_224").eval()]
-
-    def forward(model: torch.nn.Module) -> float:
-        start = perf_counter()
-        model(images)
-        return perf_counter() - start
-
-    with threads(2), torch.inference_mode():
-        for one in models:  # the first call allocates
-            forward(one)
-        ours, theirs = in_turn(lambda: forward(models[0]), lambda: forward(models[1]), rounds)
-    return (ours / cost.count(models[0], 224).macs) / (theirs / cost.count(models[1], 224).macs)
-
-
 def rows() -> dict[str, Benchmark]:
     """The kernel, memory at a large map, and a multiply-add of three models."""
     found = {}
@@ -123,5 +101,5 @@ def rows() -> dict[str, Benchmark]:
         found[f"{name} c"] = Benchmark("  copies / numba", copies, 1, least=True, share=rate)
     found["memory r"] = Benchmark("  extra memory at 1 x 20 x 600 x 500", memory, 200, "MB")
     for name, bound in (("biformer_tiny", 1.3), ("biformer_small", 1.6), ("debiformer_tiny", 1.8)):
-        found[name] = Benchmark("  multiply-add / of timm's Swin-T", partial(model, name), bound)
+        found[name] = Benchmark("  multiply-add / of timm's Swin-T", partial(model_over_swin, name, 5), bound)
     return found

@@ -89,3 +89,24 @@ class Benchmark(NamedTuple):
     def holds(self, value: float) -> bool:
         """Whether a measured value keeps the bound."""
         return self.bound is None or (value >= self.bound if self.least else value <= self.bound)
+
+
+def model_over_swin(name: str, rounds: int) -> float:
+    """Time for a multiply-add of a model over that of timm's Swin-T: forward, 8 images of 224 x 224, two threads."""
+    import timm
+
+    from dynattn import cost, create_model
+
+    images = torch.randn(8, 3, 224, 224)
+    models = [create_model(name).eval(), timm.create_model("swin_tiny_patch4_window7_224").eval()]
+
+    def forward(model: torch.nn.Module) -> float:
+        start = perf_counter()
+        model(images)
+        return perf_counter() - start
+
+    with threads(2), torch.inference_mode():
+        for one in models:  # the first call allocates
+            forward(one)
+        ours, theirs = in_turn(lambda: forward(models[0]), lambda: forward(models[1]), rounds)
+    return (ours / cost.count(models[0], 224).macs) / (theirs / cost.count(models[1], 224).macs)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dynattn import core, tracing
 from dynattn.mechanisms.bilevel import BiLevelRoutingAttention
 from dynattn.mechanisms.dense import DenseRecord
-from dynattn.models.layers import Backbone, Stage, check_dtype, check_stages, drop_path_rates, initialise
+from dynattn.models.layers import Backbone, Stage, check_dtype, check_stages, drop_path_rates, each_stage, initialise
 from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 
@@ -180,7 +180,10 @@ class BiFormer(BiLevelModel):
         core.rate("drop_rate", drop_rate)
         core.rate("proj_drop_rate", proj_drop_rate)
         count = check_stages(depths, heads=heads)
-        regions, topk = each_stage("regions", regions, count - 1), each_stage("topk", topk, count - 1)
+        regions, topk = (
+            each_stage("regions", regions, count - 1, "routes"),
+            each_stage("topk", topk, count - 1, "routes"),
+        )
         self.variant = variant
 
         def attention(i: int) -> nn.Module:
@@ -210,16 +213,6 @@ class BiFormer(BiLevelModel):
             names |= {"attn.qkv": "attn.qkv.qkv", "attn.proj": "attn.wo"}
         module, _, last = rest.rpartition(".")
         return f"stages.{stage}.{block}.{names.get(module, module)}.{last}"
-
-
-def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
-    """A number for each of `count` stages, from one for all or one each; raises TypeError, ValueError otherwise."""
-    values = [value] * count if isinstance(value, int) else value
-    if not isinstance(values, Sequence) or len(values) < count:
-        raise ValueError(f"{name}: expected a number, or {count}, one for each stage that routes, got {value!r}")
-    for one in values:
-        core.positive(name, one)
-    return values
 
 
 def identify(state: dict[str, Tensor]) -> tuple[str, dict]:

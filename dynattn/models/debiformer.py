@@ -31,8 +31,8 @@ from dynattn.mechanisms.bilevel import BiLevelRoutingAttention
 from dynattn.mechanisms.deformable import DeformableAttention
 from dynattn.mechanisms.deformable_bilevel import ConvFFN, DeformableBiLevelAttention
 from dynattn.mechanisms.window import WindowAttention
-from dynattn.models.biformer import BiLevelBlock, BiLevelModel, FullAttention, each_stage, identified
-from dynattn.models.layers import Block, PatchEmbedding, Stage, check_stages, drop_path_rates, initialise
+from dynattn.models.biformer import BiLevelBlock, BiLevelModel, FullAttention, identified
+from dynattn.models.layers import Block, PatchEmbedding, Stage, check_stages, drop_path_rates, each_stage, initialise
 from dynattn.models.published import register_published
 from dynattn.models.registry import register_model
 
@@ -127,7 +127,7 @@ class DeBiFormer(BiLevelModel):
         swin, count = layout == "swin", check_stages(depths, heads=heads, groups=groups, strides=strides, topk=topk)
         ratios = (4 if swin else 3,) * count if ratios is None else ratios
         check_stages(depths, kernels=kernels, ratios=ratios, agent_ratios=agent_ratios)
-        regions = each_stage("regions", regions, count)
+        regions = each_stage("regions", regions, count, "routes")
         if agent_topk is None:
             agent_topk = [4, 8, 16, 49 if variant == "official" else regions[-1] ** 2][-count:]
         check_stages(depths, agent_topk=agent_topk)

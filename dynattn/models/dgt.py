@@ -38,6 +38,7 @@ from dynattn.models.layers import (
     PatchEmbedding,
     check_dtype,
     check_stages,
+    each_stage,
     initialise,
 )
 from dynattn.models.registry import register_model
@@ -232,7 +233,7 @@ class DGT(GroupedModel, Backbone):
         if as_printed and attn_drop_rate:
             raise ValueError(f"attn_drop_rate: expected 0 where equations are taken as printed, got {attn_drop_rate}")
         count = check_stages(depths, heads=heads)
-        groups, keys = each_stage("groups", groups, count - 1), each_stage("keys", keys, count - 1)
+        groups, keys = each_stage("groups", groups, count - 1, "groups"), each_stage("keys", keys, count - 1, "groups")
         self.head_hidden_size = head_dim
 
         def layer(i: int, d: int, rate: float) -> nn.Module:
@@ -285,16 +286,6 @@ class DGT(GroupedModel, Backbone):
         if prune_head or len(self.stages) < before:
             self.widen = nn.Identity()
         return chosen
-
-
-def each_stage(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
-    """A number for each of `count` stages, from one for all or one each; raises TypeError, ValueError otherwise."""
-    values = [value] * count if isinstance(value, int) else value
-    if not isinstance(values, Sequence) or len(values) < count:
-        raise ValueError(f"{name}: expected a number, or {count}, one for each stage that groups, got {value!r}")
-    for number in values:
-        core.positive(name, number)
-    return values
 
 
 TINY = dict()

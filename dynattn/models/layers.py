@@ -160,6 +160,19 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def each_stage(name: str, value: int | Sequence[int], count: int, does: str) -> Sequence[int]:
+    """A number for each of `count` stages, from one for all or one each; raises TypeError, ValueError otherwise.
+
+    does: what such a stage does, for the message.
+    """
+    values = [value] * count if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or len(values) < count:
+        raise ValueError(f"{name}: expected a number, or {count}, one for each stage that {does}, got {value!r}")
+    for number in values:
+        core.positive(name, number)
+    return values
+
+
 class Backbone(nn.Module):
     """The interface of a hierarchical backbone, as timm has it: a model has `embed`, `stages`, `norm`, `drop`, `head`.
 
