@@ -104,6 +104,43 @@ class Keys:
     weight: Float[Tensor, " n"]
 
 
+@dataclass(frozen=True)
+class RegionRoutes:
+    """How an image is cut into regions of queries and of keys, and which regions of keys each region of queries reads.
+
+    query_side, key_side: (height, width) of a region in image pixels. query_grid, key_grid: (rows, columns) of regions,
+    numbered row by row. routes: for every region of queries the numbers of regions of keys, the most liked first.
+    readers: who reads them, "queries", or those that read for the queries, such as "agents".
+    """
+
+    query_side: tuple[float, float]
+    query_grid: tuple[int, int]
+    key_side: tuple[float, float]
+    key_grid: tuple[int, int]
+    routes: tuple[tuple[int, ...], ...]
+    readers: str = "queries"
+
+    def region(self, row: float, col: float) -> int:
+        """The number of the region of queries that holds image pixel (row, col)."""
+        sides = zip((row, col), self.query_side, self.query_grid, strict=True)
+        i, j = (min(int((value + 0.5) // side), count - 1) for value, side, count in sides)
+        return i * self.query_grid[1] + j
+
+    def own(self, row: float, col: float) -> tuple[float, float, float, float]:
+        """The edges of that region in image pixels: top, left, bottom, right. A region with padding ends outside."""
+        return _edges(self.region(row, col), self.query_side, self.query_grid)
+
+    def read(self, row: float, col: float) -> list[tuple[float, float, float, float]]:
+        """The edges of the regions that it reads, the most liked first."""
+        return [_edges(s, self.key_side, self.key_grid) for s in self.routes[self.region(row, col)]]
+
+
+def _edges(number: int, side: tuple[float, float], grid: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right of a region in image pixels, whose centres are at integers."""
+    (i, j), (height, width) = divmod(number, grid[1]), side
+    return i * height - 0.5, j * width - 0.5, (i + 1) * height - 0.5, (j + 1) * width - 0.5
+
+
 class Record:
     """One attention layer in one forward pass of one image.
 
@@ -182,6 +219,10 @@ class Record:
         weight = self.effective_matrix(head)[self.query(row, col)][: self.query_shape[0] * self.query_shape[1]]
         read = weight.nonzero()[:, 0]
         return Keys(self.cells().to(weight)[read], weight[read])
+
+    def region_routes(self) -> RegionRoutes | None:
+        """The regions that each region of queries reads, where a mechanism chooses whole regions; else None."""
+        return None
 
     def check_head(self, head: int) -> None:
         """Raise ValueError unless 0 <= head < heads."""

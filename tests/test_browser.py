@@ -254,6 +254,25 @@ def test_page_and_python_say_the_same(page, traces, tmp_path):
     assert "Trace: " + panel.status() == repr(lens)
 
 
+def test_a_click_shows_where_a_region_is_routed(page, tmp_path):
+    """The outlines that the page draws are those of the records, after a click too."""
+    torch.manual_seed(0)
+    names, layer = ("biformer_mini", "debiformer_mini"), "stages.0.blocks.1.attn"
+    traced = {name: trace(create_model(name, regions=5), torch.randn(3, 128, 96)) for name in names}
+    lens = Lens(traced, layer=layer)
+    lens.save(tmp_path / "lens.html", layers=layer)
+    page.goto((tmp_path / "lens.html").as_uri())
+    for number, readers in enumerate(("queries", "agents")):
+        panel = Shown(page, number)
+        row, col = 90 - 60 * number, 20
+        page.mouse.click(*panel.at(row, col, shape=(128, 96)))
+        panel.wait(row=row, col=col)
+        found, routes = panel.read()["regions"], traced[names[number]][layer].region_routes()
+        assert found["own"] == pytest.approx(routes.own(row, col))
+        assert found["read"] == [pytest.approx(box) for box in routes.read(row, col)]
+        assert f"that the {readers} of the dashed region read" in panel.figure.locator(".lens-meaning").inner_text()
+
+
 def test_images_of_other_sizes_follow_one_click(page, tmp_path):
     """A wide photograph, seen whole by one model and as a square by another."""
     torch.manual_seed(0)

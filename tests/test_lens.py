@@ -16,7 +16,7 @@ from torch import nn
 from dynattn import create_model, trace
 from dynattn.data import photograph, to_rgb
 from dynattn.tracing import Keys, Record, Trace
-from dynattn.widgets import Lens, page, save_page
+from dynattn.widgets import Lens, page, picture, save_page
 from dynattn.widgets.panel import Panel, make_panels, merge, on_cells, unique_positions
 
 DEFORMABLE, WINDOW, SWIN = "stages.2.blocks.1.attn", "stages.0.blocks.1.attn", "layers.0.blocks.1.attn"
@@ -139,6 +139,58 @@ def test_models_side_by_side_follow_one_click(dat, swin, cat):
     assert [one["name"] for one in lens.scene] == ["deformable", "windows"]
     assert [one["shape"] for one in lens.scene] == [[128, 128], [96, 128]]
     assert lens.shown[1]["cell"] == [int(75 // 4), 10]
+
+
+ROUTED = ("stages.0.blocks.1.attn", "stages.1.blocks.1.attn")
+
+
+@pytest.fixture(scope="module")
+def routed() -> dict[str, Trace]:
+    """Bi-level routing and its deformable form, on an image whose maps have padding in their regions."""
+    torch.manual_seed(0)
+    names = ("biformer_mini", "debiformer_mini")
+    return {name: trace(create_model(name, regions=5), torch.randn(3, 128, 96)) for name in names}
+
+
+@pytest.mark.parametrize("layer", ROUTED)
+@pytest.mark.parametrize(("row", "col"), [(0, 0), (61, 40), (127, 95)])
+def test_routes_on_the_image_are_those_that_are_read(routed, layer, row, col):
+    """A query, or the agents where it stands, read exactly the cells inside the outlines."""
+    for traced in routed.values():
+        record = traced[layer]
+        routes = record.region_routes()
+        top, left, bottom, right = routes.own(row, col)
+        assert top <= row <= bottom and left <= col <= right
+        x, y = record.cells().T
+        inside = torch.zeros(len(x), dtype=torch.bool)
+        for a, b, c, d in routes.read(row, col):
+            box = (a < y) & (y < c) & (b < x) & (x < d)
+            assert not (inside & box).any()  # regions do not overlap
+            inside |= box
+        if record.kind == "bilevel":
+            read = record.weights(0)[record.query(row, col)] > 0
+        else:
+            spots = record.references_xy().T.flip(0)  # rows, columns
+            mine = (spots[0] > top) & (spots[0] < bottom) & (spots[1] > left) & (spots[1] < right)
+            assert mine.any()
+            read = (record.reading[0, mine] > 0).all(dim=0)
+        assert torch.equal(inside, read)
+
+
+def test_the_lens_says_and_draws_the_routes(routed, monkeypatch):
+    lens = Lens(routed, layer=ROUTED[0])
+    said = repr(lens).split("\n")
+    assert "; its region is routed to 4 of 25 regions" in said[0]
+    assert "; its region is routed to 8 of 25 regions" in said[1]
+    first, second = (panel["layers"] for panel in lens.scene)
+    assert first[0]["routes"]["key_grid"] == (5, 5) and len(first[0]["routes"]["routes"]) == 25
+    assert "routes" not in first[-1]  # full attention
+    assert "routes" in second[-1]
+    plain = Lens(routed, layer=[first[-1]["name"], second[-1]["name"]])
+    assert "Outlines" in picture.caption(lens._view) and "Outlines" not in picture.caption(plain._view)
+    here = np.asarray(lens.picture(40))
+    monkeypatch.setattr(picture, "regions", lambda *given: None)
+    assert (np.asarray(lens.picture(40)) != here).any()
 
 
 def test_words_say_what_is_seen(lens):

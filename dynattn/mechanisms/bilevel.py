@@ -22,7 +22,7 @@ and run on its kernel. Beside the letters of `core`:
 Cost on an H x W map: 4 HW C^2 + S^4 C + 2 k (HW)^2 C / S^2 + 25 HW C.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -329,6 +329,15 @@ class Routing:
         inside = self.queries.inside(q), self.sources.inside(k)
         self.routes = route(self.queries.cut(q), self.sources.cut(k), *inside, topk)[0]
 
+    def on_image(
+        self, query_stride: Sequence[float], key_stride: Sequence[float], readers: str = "queries"
+    ) -> tracing.RegionRoutes:
+        """The same on the image; strides: pixels for each cell of the two maps, by rows and columns."""
+        maps = ((self.queries, query_stride), (self.sources, key_stride))
+        sides = [tuple(n * step for n, step in zip(one.side, stride, strict=True)) for one, stride in maps]
+        routes = tuple(map(tuple, self.routes.tolist()))
+        return tracing.RegionRoutes(sides[0], self.queries.grid, sides[1], self.sources.grid, routes, readers)
+
     def read(self) -> Bool[Tensor, "L N"]:
         """Which keys every query reads."""
         ours, theirs = (one.numbers(self.routes.device) for one in (self.queries, self.sources))
@@ -356,6 +365,9 @@ class BiLevelRecord(tracing.Record):
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
         self.check_head(head)
         return self.routing.weights(self.q[head], self.k[head], self.scale)
+
+    def region_routes(self) -> tracing.RegionRoutes:
+        return self.routing.on_image(self.stride, self.stride)
 
     def region(self, row: float, col: float) -> int:
         """The number of the region that the query at image pixel (row, col) is in."""

@@ -280,6 +280,7 @@ class DeformableBiLevelRecord(tracing.Record):
     def __init__(self, layer: DeformableBiLevelAttention, inputs: tuple, z: Tensor, first: tuple, routing: tuple):
         q, k, v, points, table, self.query_shape = inputs
         self.heads, self.groups, self.grid, d = layer.heads, layer.groups, routing[0], q.shape[-1]
+        self.agent_stride = layer.stride
         self.q, self.k, self.v, self.z, self.points = q[0], k[0], v[0], z[0], points[0]
         self.references = core.grid_points(self.grid, "centre", points)
         bias = relative_bias(points[:1], table, self.query_shape, "corner")[0]
@@ -291,6 +292,10 @@ class DeformableBiLevelRecord(tracing.Record):
         carried = (layer.agent_v.weight @ layer.unify.weight).unflatten(0, (-1, d)).unflatten(2, (-1, d))
         parts = [values[0, m] @ carried[m, :, m].mT.to(values) for m in range(self.heads)]
         self.source_values = torch.stack(parts)
+
+    def region_routes(self) -> tracing.RegionRoutes:
+        """The regions that the agents of each region read; an agent counts where it stands without its offset."""
+        return self.routing.on_image([self.agent_stride * step for step in self.stride], self.stride, "agents")
 
     def group(self, head: int) -> int:
         """The offset group whose agents a head reads."""

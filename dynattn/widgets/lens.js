@@ -8,7 +8,8 @@
    fade        0 shows the attention, 1 the rollout
    scene       fixed, for every panel: name; shape [H, W] of the image that its model saw, whose pixels all positions
                are, centres at integers; picture (data URL) and its aspect; layers, each with name, title, heads,
-               cells [rows, cols] and stride [rows, cols]; first, last: cells and stride of the network's outer layers
+               cells [rows, cols] and stride [rows, cols], and routes where the layer chooses whole regions: the
+               fields of `RegionRoutes` of tracing.py; first, last: cells and stride of the network's outer layers
    shown       the answer, for every panel: the row, col, layer, head it is for; cell [i, j] of the query; keys, float32
                x, y, weight of each key; counts, of the keys of each head; last, the cell of the query in the last layer; heat, float32, the rollout over
                the cells of the first layer (last and heat only while fade > 0)
@@ -90,6 +91,26 @@ function countName(found, counts, cells) {
   if (alike) return `${found} ${what} (${one} × ${heads} heads${found < one * heads ? ", some shared" : ""})`;
   return `${found} ${what} of ${heads} heads`;
 }
+
+/* The regions that the region of a query reads, `RegionRoutes` of tracing.py: edges [top, left, bottom, right]. */
+function edges(number, side, grid) {
+  const [i, j] = [Math.floor(number / grid[1]), number % grid[1]];
+  return [i * side[0] - 0.5, j * side[1] - 0.5, (i + 1) * side[0] - 0.5, (j + 1) * side[1] - 0.5];
+}
+
+function regionsOf({ query_side, query_grid, key_side, key_grid, routes }, row, col) {
+  const [i, j] = cellOf(row, col, { stride: query_side, cells: query_grid });
+  const region = i * query_grid[1] + j;
+  return { own: edges(region, query_side, query_grid), read: routes[region].map((s) => edges(s, key_side, key_grid)) };
+}
+
+/* To how many regions the region of a query is routed: and what outlines mean; panel.py says the same. */
+const regionCount = ({ key_grid }) => key_grid[0] * key_grid[1];
+const showsRoutes = (routes) => Boolean(routes) && routes.routes[0].length < regionCount(routes);
+const meaningOfRoutes = ({ readers }) =>
+  `Outlines: the regions that the ${readers} of the dashed region read; 1 is liked most.`;
+const routesName = (routes) =>
+  routes ? `; its region is routed to ${routes.routes[0].length} of ${regionCount(routes)} regions` : "";
 
 /* What the marks on a panel mean: `meaning` of panel.py. */
 function meaning(fade, cells) {
@@ -338,6 +359,7 @@ class Panel {
     const cells = onCells(keys, layer);
     let text = `Query ${place(...query)}, cell ${place(...shown.cell)} of ${layer.title}, ${headName(shown.head, layer.heads)}: `;
     text += key < 0 ? "no keys" : `${countName(keys.length / 3, shown.counts, cells)}, heaviest ${amount(weight)} at ${place(y, x)}`;
+    text += routesName(layer.routes);
     const hot = heaviest(heat);
     if (fade > 0 && hot >= 0) {
       const { cells, stride } = this.panel.first;
@@ -346,10 +368,12 @@ class Panel {
     }
     this.status.textContent = text;
     this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, cells)}`;
+    if (fade < 1 && showsRoutes(layer.routes)) this.meaning.textContent += ` ${meaningOfRoutes(layer.routes)}`;
     const rollout = fade > 0.5 && hot >= 0;
     this.scaleName.textContent = rollout ? "rollout" : "weight";
     this.most.textContent = amount(rollout ? heat[hot] : key < 0 ? 0 : weight);
-    this.figure.lens = { ...shown, fade }; // for scripts: what is on the screen, as numbers
+    const regions = layer.routes ? regionsOf(layer.routes, ...query) : null;
+    this.figure.lens = { ...shown, fade, regions }; // for scripts: what is on the screen, as numbers
   }
 
   draw() {
@@ -381,6 +405,10 @@ class Panel {
       this.drawCells(ink, heat, first, 0.3);
     }
     ink.globalAlpha = 1 - fade;
+    if (fade < 1 && showsRoutes(layer.routes)) {
+      const query = moved(shown.row, shown.col, this.model.get("scene")[0].shape, this.panel.shape);
+      this.drawRegions(ink, regionsOf(layer.routes, ...query));
+    }
     this.drawFrame(ink, shown.cell, layer);
     ink.globalAlpha = fade;
     if (fade > 0 && shown.last) this.drawFrame(ink, shown.last, last);
@@ -432,9 +460,36 @@ class Panel {
   }
 
   drawFrame(ink, [i, j], grid) {
-    const box = this.box((i + 0.5) * grid.stride[0] - 0.5, (j + 0.5) * grid.stride[1] - 0.5, grid);
-    for (const [width, stroke] of [[4.5, INK], [2.2, "white"]]) {
-      ink.lineWidth = width;
+    this.outline(ink, this.box((i + 0.5) * grid.stride[0] - 0.5, (j + 0.5) * grid.stride[1] - 0.5, grid), 2.2);
+  }
+
+  /* The regions that are read, numbered as they are liked, and the query's own, dashed. */
+  drawRegions(ink, { own, read }) {
+    const box = ([top, left, bottom, right]) =>
+      this.box((top + bottom) / 2, (left + right) / 2, { stride: [bottom - top, right - left] });
+    ink.font = "10px sans-serif";
+    ink.textBaseline = "top";
+    ink.lineJoin = "round";
+    read.forEach((one, rank) => {
+      const [left, top, ...size] = box(one);
+      this.outline(ink, [left, top, ...size], 1.3);
+      ink.lineWidth = 2.5;
+      ink.strokeStyle = INK;
+      ink.strokeText(rank + 1, left + 3, top + 3);
+      ink.fillStyle = "white";
+      ink.fillText(rank + 1, left + 3, top + 3);
+    });
+    ink.setLineDash([5, 3]);
+    ink.lineWidth = 2.4;
+    ink.strokeStyle = STAR;
+    ink.strokeRect(...box(own));
+    ink.setLineDash([]);
+  }
+
+  /* A light line with dark rims. */
+  outline(ink, box, width) {
+    for (const [wide, stroke] of [[2 * width, INK], [width, "white"]]) {
+      ink.lineWidth = wide;
       ink.strokeStyle = stroke;
       ink.strokeRect(...box);
     }

@@ -9,6 +9,7 @@ import gzip
 import json
 from base64 import b64encode
 from collections.abc import Iterable
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from html import escape
 from io import BytesIO
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from dynattn.tracing import Record
+from dynattn.tracing import Record, RegionRoutes
 
 from .panel import Panel, View, first_view, make_panels, unique_positions
 
@@ -85,7 +86,9 @@ def scene(panels: list[Panel], chosen_layers: list[list[str]] | None = None) -> 
             "first": _grid(panel.trace[panel.layers[0]]),
             "last": _grid(panel.trace[panel.layers[-1]]),
             "layers": [
-                {"name": name, "title": panel.titles[name], "heads": panel.trace[name].heads} | _grid(panel.trace[name])
+                {"name": name, "title": panel.titles[name], "heads": panel.trace[name].heads}
+                | _grid(panel.trace[name])
+                | _routes(panel.routes(name))
                 for name in (chosen_layers[p] if chosen_layers else panel.layers)
             ],
         }
@@ -96,6 +99,11 @@ def scene(panels: list[Panel], chosen_layers: list[list[str]] | None = None) -> 
 def _grid(record: Record) -> dict[str, Any]:
     """How a layer's map lies over the image."""
     return {"cells": list(record.query_shape), "stride": list(record.stride)}
+
+
+def _routes(routes: RegionRoutes | None) -> dict[str, Any]:
+    """The regions of a layer and the routes between them, for layers that have some."""
+    return {} if routes is None else {"routes": asdict(routes)}
 
 
 def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynattn.data import read_image, to_input, to_rgb
-from dynattn.tracing import Record, Trace, roll_out, trace
+from dynattn.tracing import Record, RegionRoutes, Trace, roll_out, trace
 
 MEAN = "mean"  # the head that stands for the mean over all heads
 SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than what a small model sees
@@ -84,6 +84,10 @@ class Panel:
             numbers = f"or the numbers 0 to {len(self.layers) - 1}"
             raise ValueError(f"layer: {self.name} has no {choice!r}; it has {', '.join(self.layers)}, {numbers}")
         return choice
+
+    def routes(self, layer: str) -> RegionRoutes | None:
+        """The regions that each region of queries reads, in a layer that chooses whole regions."""
+        return self.trace[layer].region_routes()
 
     def record(self, layer: str) -> Record:
         """The record of a layer, as one that makes each effective matrix once.
@@ -187,6 +191,24 @@ def meaning(fade: float, cells: bool) -> str:
         keys = "Dots: points that the query reads; area and colour: weight."
     rollout = "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers."
     return " ".join([keys] * (fade < 1) + [rollout] * (fade > 0))
+
+
+def shows_routes(routes: RegionRoutes | None) -> bool:
+    """Whether outlines say something: not where every region is read."""
+    return routes is not None and len(routes.routes[0]) < routes.key_grid[0] * routes.key_grid[1]
+
+
+def meaning_of_routes(routes: RegionRoutes) -> str:
+    """What outlines mean."""
+    return f"Outlines: the regions that the {routes.readers} of the dashed region read; 1 is liked most."
+
+
+def routes_name(routes: RegionRoutes | None) -> str:
+    """To how many regions the region of a query is routed."""
+    if routes is None:
+        return ""
+    number, of_all = len(routes.routes[0]), routes.key_grid[0] * routes.key_grid[1]
+    return f"; its region is routed to {number} of {of_all} regions"
 
 
 def pixel_name(row: float, col: float) -> str:
@@ -294,6 +316,7 @@ class View:
             said += f"{number}, heaviest {weight:.3g} at {pixel_name(y, x)}"
         else:
             said += "no keys"
+        said += routes_name(panel.routes(reading.layer))
         if self.fade > 0:
             last, heat = panel.rollout(row, col)
             x, y = panel.trace[panel.layers[0]].cells()[int(heat.argmax())].tolist()

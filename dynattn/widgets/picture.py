@@ -8,12 +8,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from dynattn.figures import style
-from dynattn.tracing import Record
+from dynattn.tracing import Record, RegionRoutes
 
-from .panel import Panel, Reading, View, head_name, meaning, on_cells
+from .panel import Panel, Reading, View, head_name, meaning, meaning_of_routes, on_cells, shows_routes
 
 COLOURS = colormaps["viridis"]
 
@@ -47,6 +48,9 @@ def caption(view: View) -> str:
     pairs = zip(view.panels, view.readings(), strict=True)
     kinds = {on_cells(one.keys, panel.trace[one.layer]) for panel, one in pairs}
     marks = " ".join(meaning(0, cells) for cells in sorted(kinds)) if view.fade < 1 else ""
+    routes = [panel.routes(layer) for panel, layer in zip(view.panels, view.layer, strict=True)]
+    if view.fade < 1:
+        marks = " ".join([marks, *sorted({meaning_of_routes(one) for one in routes if shows_routes(one)})])
     if view.fade > 0:
         marks = f"{marks} {meaning(1, True)}".strip()
     return f"{shown}; (row, col) are pixels of what the model saw. {marks} {seen}."
@@ -62,6 +66,8 @@ def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> 
         else:
             dots(ax, reading.keys, 1 - view.fade)
         outline(ax, reading.cell, record, 1 - view.fade)
+        if shows_routes(routes := panel.routes(reading.layer)):
+            regions(ax, routes, row, col, 1 - view.fade)
     if view.fade > 0:
         last, heat = panel.rollout(row, col)
         first = panel.trace[panel.layers[0]]
@@ -93,8 +99,24 @@ def dots(ax: Axes, keys: Float[np.ndarray, "n 3"], alpha: float) -> None:
 def outline(ax: Axes, cell: tuple[int, int], record: Record, alpha: float) -> None:
     """The outline of a query's cell."""
     height, width = record.stride
-    corner = (cell[1] * width - 0.5, cell[0] * height - 0.5)
-    for line, colour in ((4.0, style.INK), (2.0, style.PAPER)):
-        ax.add_patch(
-            Rectangle(corner, width, height, fill=False, linewidth=line, edgecolor=colour, alpha=alpha, zorder=6)
-        )
+    frame(ax, (cell[1] * width - 0.5, cell[0] * height - 0.5), width, height, alpha, 2.0)
+
+
+def frame(ax: Axes, corner: tuple[float, float], width: float, height: float, alpha: float, line: float = 1.2) -> None:
+    """A light line with dark rims, which can be seen on any photograph."""
+    for thick, colour in ((2 * line, style.INK), (line, style.PAPER)):
+        box = Rectangle(corner, width, height, fill=False, linewidth=thick, edgecolor=colour, alpha=alpha, zorder=6)
+        ax.add_patch(box)
+
+
+def regions(ax: Axes, routes: RegionRoutes, row: float, col: float, alpha: float) -> None:
+    """Outlines of the regions that a query's region is routed to, numbered as they are liked; its own is dashed."""
+    for rank, (top, left, bottom, right) in enumerate(routes.read(row, col), 1):
+        frame(ax, (left, top), right - left, bottom - top, alpha)
+        words = ax.text(left + 1, top + 1, str(rank), fontsize=7, va="top", color=style.PAPER, alpha=alpha, zorder=6)
+        words.set_path_effects([withStroke(linewidth=1.6, foreground=style.INK)])
+        words.set_clip_on(True)
+    top, left, bottom, right = routes.own(row, col)
+    box = Rectangle((left, top), right - left, bottom - top, fill=False, linestyle="--", linewidth=2.4, zorder=6)
+    box.set(edgecolor=style.RED, alpha=alpha)
+    ax.add_patch(box)
