@@ -1,9 +1,6 @@
 """The lesson on DGT: its pictures at the corners of their controls, and the code that its page shows."""
 
 import re
-from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,83 +9,41 @@ import torch
 
 pytest.importorskip("anywidget")
 
-from matplotlib.figure import Figure  # noqa: E402
-
 from dynattn import verify  # noqa: E402
 from dynattn.figures.measures import on_map  # noqa: E402
 from dynattn.figures.tables import OTHER, OWN, Row, summary, table_of  # noqa: E402
-from dynattn.lessons import Pointer  # noqa: E402
 from dynattn.lessons import dgt as lesson  # noqa: E402
+from tests.pages import Page, drawn_again, drawn_at_every_end  # noqa: E402
 
-PAGE = Path(__file__).parents[1] / "notebooks" / "04_dgt.py"
+PAGE = Page("04_dgt")
 TURNED = ("grouping", "selection", "attention", "moving", "cost")
-
-
-@cache
-def code() -> list[str]:
-    """The code cells of the page."""
-    cells = re.split(r"^# %%", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    return [cell.partition("\n")[2] for cell in cells if not cell.startswith(" [markdown]")]
-
-
-def run(defines: str) -> SimpleNamespace:
-    """What stands after the cells up to the one that defines a function. The lens and the pictures are left out."""
-    names: dict = {}
-    for cell in code():
-        if not re.match(r"\s*lesson\.\w+\(\)", cell):
-            exec(cell, names)
-        if f"def {defines}(" in cell:
-            return SimpleNamespace(**names)
-    raise AssertionError(f"no cell defines {defines}")
-
-
-def ends(control) -> tuple:
-    """The first and the last value of a control."""
-    if isinstance(control, Pointer):
-        return control.first, control.last
-    if hasattr(control, "options"):
-        values = [option[1] if isinstance(option, tuple) else option for option in control.options]
-        return values[0], values[-1]
-    return control.min, control.max
 
 
 @pytest.mark.parametrize("name", TURNED)
 def test_a_picture_is_drawn_at_every_end(name):
-    """Each control at its ends, the others as they begin; then all together."""
-    turned = getattr(lesson, name)()
-    start, controls = dict(turned.values), turned.pointers | turned.widgets
-    turns = [start | {control: end} for control, one in controls.items() for end in ends(one)]
-    turns += [{control: ends(one)[i] for control, one in controls.items()} for i in (0, 1)]
-    for values in turns:
-        figure, words = turned.draw(**values)
-        assert isinstance(figure, Figure) and words.endswith(".") and "nan" not in words
+    drawn_at_every_end(getattr(lesson, name)())
 
 
 @pytest.mark.parametrize("name", TURNED)
 def test_a_control_draws_again(name):
-    turned = getattr(lesson, name)()
-    before, drawn = turned.words, turned.picture.drawn
-    control, widget = next(iter(turned.widgets.items()))
-    turned.set(**{control: next(end for end in ends(widget) if end != widget.value)})
-    assert turned.picture.drawn == drawn + 1 and turned.words != before
+    drawn_again(getattr(lesson, name)())
 
 
 def test_the_layer_of_the_page_is_the_librarys():
-    page = run("dynamic_group_layer")
+    page = PAGE.run("dynamic_group_layer")
     x = torch.randn(3, 5, 7, 16, dtype=torch.float64)
     assert torch.allclose(page.dynamic_group_layer(x, page.net, M=4, k=10), page.net(x))
-    assert 10 <= len(next(cell for cell in code() if "def dynamic_group_layer" in cell).strip().splitlines()[:-4]) <= 15
+    assert (
+        10 <= len(next(cell for cell in PAGE.code if "def dynamic_group_layer" in cell).strip().splitlines()[:-4]) <= 15
+    )
 
 
 def test_the_centroids_of_the_page_move_as_the_librarys():
-    run("moved")
+    PAGE.run("moved")
 
 
 def test_the_solution_is_right():
-    solution = re.search(r"# ```python\n(.*?)# ```", PAGE.read_text(), re.DOTALL).group(1)
-    names = {"torch": torch}
-    exec(re.sub(r"^# ?", "", solution, flags=re.MULTILINE), names)
-    verify.check("grouped_attention", names["grouped_attention"], cases=20)
+    verify.check("grouped_attention", PAGE.solution("grouped_attention"), cases=20)
 
 
 def test_a_longer_query_stays_in_its_group():
