@@ -350,6 +350,17 @@ def test_a_step_of_training():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_linear_maps_start_as_in_biformer():
+    """Truncated normals of 0.02, biases of 0, bias tables of 0.01; convolutions as torch starts them."""
+    torch.manual_seed(0)
+    model = dynattn.create_model("debiformer_mini")
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert float(torch.cat([one.weight.flatten() for one in linear]).std()) == pytest.approx(0.02, rel=0.05)
+    assert not any(one.bias.any() for one in linear if one.bias is not None)
+    tables = [value for name, value in model.named_parameters() if name.endswith("table")]
+    assert float(torch.cat([table.flatten() for table in tables]).std()) == pytest.approx(0.01, rel=0.1)
+
+
 @pytest.mark.slow
 def test_a_compiled_and_an_exported_model():
     """torch.compile of both models without a break, one layer of agents for any size, and torch.export.

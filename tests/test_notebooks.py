@@ -6,6 +6,7 @@ Lessons are taught from, and short. Audits, in their own folder, are for looking
 import ast
 import importlib.util
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from types import ModuleType
 import nbformat
 import pytest
 from nbformat import NotebookNode
+
+from dynattn import papers
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 AUDITS = sorted(f"audit/{source.stem}" for source in (FOLDER / "audit").glob("[0-9]*.py"))
@@ -22,7 +25,8 @@ LARGEST = {name: 1_500_000 for name in NAMES} | {"00_tour": 3_000_000}  # bytes
 ABSOLUTE = re.compile(r"(?<![\w.~/-])/(?:home|root|tmp|work|Users|opt|mnt|private|workspace)/|\b[A-Z]:\\\\?\w")
 
 CELLS = 30  # of a lesson
-EQUATIONS = {"DAT": 11, "DGT": 17}
+HEADS = [tomllib.loads(file.read_text()) for file in papers.FOLDER.glob("*.toml")]
+EQUATIONS = {head["lesson"]: (head["tag"], head["equations"]) for head in HEADS if "lesson" in head}
 
 # What may hold digits in prose: code, formulas, links, equation tags, and the numbers of things in the paper.
 NUMBERED = r"(?:[Tt]ables?|[Ff]orms?|[Ff]igures?|[Ee]quations?|[Ss]tages?|[Ss]ections?|CVPR)\s\d+[a-z]?"
@@ -246,9 +250,9 @@ def test_globals_are_found():
 
 @pytest.mark.parametrize("name", AUDITS)
 def test_every_equation_stands_in_lesson_or_audit_and_in_none_twice(name):
-    paper = name.split("_")[1].upper()
+    tag, number = EQUATIONS[name.removeprefix("audit/")]
     own = [stem for stem in (name, name.removeprefix("audit/")) if stem in NAMES]
     prose = {stem: "\n".join(cell.source for cell in notebook(stem).cells) for stem in own}
-    tags = {stem: re.findall(rf"\\tag\{{({paper}-\d+)\}}", text) for stem, text in prose.items()}
+    tags = {stem: re.findall(rf"\\tag\{{({tag}-\d+)\}}", text) for stem, text in prose.items()}
     assert all(len(found) == len(set(found)) for found in tags.values())
-    assert set().union(*tags.values()) == {f"{paper}-{number}" for number in range(1, EQUATIONS[paper] + 1)}
+    assert set().union(*tags.values()) == {f"{tag}-{i}" for i in range(1, number + 1)}

@@ -1,10 +1,8 @@
 """The pictures of the audit of DAT, `notebooks/audit/01_dat.ipynb`; what they show is computed in its cells."""
 
-import math
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import getsource
 from pathlib import Path
@@ -25,6 +23,7 @@ from dynattn.figures.tables import summary
 from dynattn.kernels import deformable as kernel
 from dynattn.kernels import deformable_numba as on_cpu
 from dynattn.lessons.notebook import INKS
+from dynattn.lessons.published import deterministic, published_state  # noqa: F401  (the notebook shows them)
 from dynattn.tracing import Record
 
 READINGS = {"text": style.BLUE, "code": style.ORANGE}
@@ -199,25 +198,6 @@ FORMS = {"torch": "torch form", "numba": "kernel"}
 
 
 # ------------------------------------------------------------------------------------------------- the published code
-
-
-def deterministic(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers that only the name and the shape decide."""
-    x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-    if len(shape) > 1 and name.endswith("weight"):
-        return torch.from_numpy(x / math.sqrt(math.prod(shape[1:])))
-    return torch.from_numpy((len(shape) == 1 and name.endswith("weight")) + 0.1 * x)
-
-
-def published_state(model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of deterministic numbers, as the authors' code would write it."""
-    state, own = {}, model.state_dict()
-    for name, entry in model.published_entries().items():
-        shape = tuple(own[name].shape)
-        if entry.name.endswith("relative_position_bias_table"):
-            shape = (shape[1] * shape[2], shape[0])  # ours: (heads, rows, columns), theirs: (entries, heads)
-        state[entry.name] = deterministic(entry.name, shape)
-    return state
 
 
 def layers(model: nn.Module, kind: type) -> list[nn.Module]:

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from dynattn.figures import style
 from dynattn.figures.measures import evaluate_groups, mutual_information
 from dynattn.figures.subjects import Subject, load_subject, random_twin
 from dynattn.figures.tables import summary
-from dynattn.lessons.notebook import INKS
+from dynattn.lessons.notebook import INKS, fastest  # noqa: F401  (the notebook times with it)
 
 PALETTE = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #882255".split()  # Okabe and Ito, and a red
 
@@ -36,17 +35,6 @@ def simulated_forms() -> ModuleType:
     from dynattn.kernels import cuda_forms
 
     return cuda_forms
-
-
-def fastest(call: Callable[[], object], rounds: int = 5) -> float:
-    """Milliseconds of the fastest of some rounds, after one that does not count."""
-    call()
-    times = []
-    for _ in range(rounds):
-        start = perf_counter()
-        call()
-        times.append(perf_counter() - start)
-    return 1000 * min(times)
 
 
 def images_of(level: str, count: int, size: int) -> tuple[Tensor, Tensor]:

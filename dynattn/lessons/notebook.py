@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -122,6 +123,17 @@ def agree(
 def normal(*shape: int) -> Float[Tensor, "..."]:
     """Normal numbers in float64."""
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def fastest(call: Callable[[], object], rounds: int = 5) -> float:
+    """Milliseconds of the fastest of some rounds, after one that does not count."""
+    call()
+    times = []
+    for _ in range(rounds):
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return 1000 * min(times)
 
 
 # ------------------------------------------------------------------------------------------- what every lesson draws

@@ -367,6 +367,7 @@ class BiLevelRecord(tracing.Record):
         return self.routing.weights(self.q[head], self.k[head], self.scale)
 
     def region_routes(self) -> tracing.RegionRoutes:
+        """The regions that each region of queries reads, on the image."""
         return self.routing.on_image(self.stride, self.stride)
 
     def region(self, row: float, col: float) -> int:
