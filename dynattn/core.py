@@ -450,14 +450,33 @@ class Regions:
         self.padding = padding_to(shape, self.side)
         self.grid = tuple((n + more) // side for n, more, side in zip(shape, self.padding, self.side, strict=True))
 
+    def padded(self, x: Num[Tensor, "B h L d"]) -> Num[Tensor, "B h Hp Wp d"]:
+        """A row-major map with zeros where there is padding."""
+        return pad_map(rearrange(x, "B h (H W) d -> B h H W d", H=self.shape[0]), self.padding)
+
+    def windows(self, x: Num[Tensor, "B h Hp Wp d"]) -> Num[Tensor, "B h I J d hi wi"]:
+        """A view of the regions of a padded map."""
+        return x.unfold(2, self.side[0], self.side[0]).unfold(3, self.side[1], self.side[1])
+
     def cut(self, x: Num[Tensor, "B h L d"]) -> Num[Tensor, "B h R T d"]:
         """The tokens of every region of a row-major map, zeros where there is padding."""
-        x = pad_map(rearrange(x, "B h (H W) d -> B h H W d", H=self.shape[0]), self.padding)
+        x = self.padded(x)
         if exporting():  # in a graph for any size torch cannot see that the sides are whole multiples
-            x = x.unfold(2, self.side[0], self.side[0]).unfold(3, self.side[1], self.side[1])
-            return rearrange(x, "B h I J d hi wi -> B h (I J) (hi wi) d")
+            return rearrange(self.windows(x), "B h I J d hi wi -> B h (I J) (hi wi) d")
         hi, wi = self.side
         return rearrange(x, "B h (I hi) (J wi) d -> B h (I J) (hi wi) d", hi=hi, wi=wi)
+
+    def means(self, x: Float[Tensor, "B h L d"]) -> Float[Tensor, "B h R d"]:
+        """The mean token of every region of a row-major map, in float32 at least; padding does not count."""
+        sums = self.windows(self.padded(x)).sum(dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
+        inside = self.inside(x)
+        count = self.side[0] * self.side[1] if inside is None else inside.sum(dim=1)[:, None]
+        return rearrange(sums, "B h I J d -> B h (I J) d") / count
+
+    def cells(self, device: torch.device) -> Int[Tensor, "R T"]:
+        """Which cell of the row-major map every token of every region is; 0 where there is padding."""
+        numbers = torch.arange(self.shape[0] * self.shape[1], device=device)
+        return self.cut(numbers[None, None, :, None])[0, 0, :, :, 0]
 
     def join(self, x: Num[Tensor, "B h R T d"]) -> Num[Tensor, "B h L d"]:
         """The inverse of `cut`: a row-major map without the padding."""

@@ -250,8 +250,7 @@ def eager_routed(q, k, v, routes, *, key_mask=None, scale=None):
 
 def eager_bilevel(q, k, v, query_shape, key_shape, *, regions, topk, scale=None):
     ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
-    inside = (layout.inside(q) for layout in (ours, theirs))
-    routes = bilevel.route(ours.cut(q), theirs.cut(k), *inside, topk)
+    routes = bilevel.route(ours.means(q), theirs.means(k), topk)
     chosen = bilevel.membership(routes, None, theirs.grid[0] * theirs.grid[1], 1)[..., 0]
     read = chosen[:, ours.numbers(q.device)][:, :, theirs.numbers(q.device)][:, None]
     return eager_dense(q, k, v, bias=torch.zeros_like(read, dtype=q.dtype).masked_fill(~read, -torch.inf), scale=scale)

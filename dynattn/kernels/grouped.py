@@ -15,7 +15,13 @@ def look(
     groups (B, h, L); selected (B, h, G, n), of which a group reads the first `lengths` (B, h, G).
     """
     number = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return [q.new_empty(q.shape), q.new_empty(*q.shape[:-1], 2, dtype=number)]
+    return [look_of_out(q, q.dtype), q.new_empty(*q.shape[:-1], 2, dtype=number)]
+
+
+def look_of_out(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty out (B, h, L, d). Heads of a query lie side by side in memory, so that layers merge them for free."""
+    B, h, L, d = q.shape
+    return q.new_empty(B, L, h, d, dtype=dtype).transpose(1, 2)
 
 
 def flops(q: tuple, k: tuple, v: tuple, groups: tuple, selected: tuple, *_, **__) -> int:

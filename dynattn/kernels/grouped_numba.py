@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynattn.kernels.grouped import look_of_out
 from dynattn.kernels.indices import check
 from dynattn.kernels.indices_numba import distinct_rows
 from dynattn.kernels.simd import (
@@ -47,17 +48,48 @@ def sort_by_group(groups, order, first):
 
 
 @compiled
+def take(matrix, numbers, block):
+    """Rows of a matrix side by side; what stands in the block behind their channels stays."""
+    d, lanes = matrix.shape[1], lanes_of(matrix)
+    whole = d - d % lanes
+    for i in range(numbers.size):
+        for c in range(0, whole, lanes):
+            store(block, (i, c), load(matrix, (numbers[i], c)))
+        for c in range(whole, d):
+            block[i, c] = matrix[numbers[i], c]
+
+
+@compiled
+def give(block, factors, matrix, numbers):
+    """The rows of a block, each with its factor, to rows of a matrix."""
+    d, lanes = matrix.shape[1], lanes_of(matrix)
+    whole = d - d % lanes
+    for i in range(numbers.size):
+        for c in range(0, whole, lanes):
+            store(matrix, (numbers[i], c), load(block, (i, c)) * factors[i])
+        for c in range(whole, d):
+            matrix[numbers[i], c] = block[i, c] * factors[i]
+
+
+@compiled
 def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, statistics):
-    """Heads begin to end - 1 of all (batch, head): out, and row maximum and row sum of each softmax."""
+    """Heads begin to end - 1 of all (batch, head): out, and row maximum and row sum of each softmax.
+
+    Where registers do not fit the channels, the rows that vectors read are taken side by side, with zeros behind.
+    """
     (_, h, L, d), G, dtype = q.shape, selected.shape[2], out.dtype
-    one, to_logits = dtype.type(1), dtype.type(scale * LOG2E)
+    one, to_logits, D = dtype.type(1), dtype.type(scale * LOG2E), padded(d)
     order, first = np.empty(L, np.int64), np.empty(G + 1, np.int64)
-    q_block, scores = np.empty((d, QUERIES), dtype), np.empty((KEYS, ROOM), dtype)
-    accumulator = np.empty((QUERIES, d), dtype)
+    q_block, scores = np.empty((D, QUERIES), dtype), np.empty((KEYS, ROOM), dtype)
+    q_rows, v_rows, accumulator = (
+        np.zeros((QUERIES, D), dtype),
+        np.zeros((KEYS, D), dtype),
+        np.empty((QUERIES, D), dtype),
+    )
     row_max, row_sum, rescale = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
     for item in range(begin, end):
         b, m = divmod(item, h)
-        queries, keys, values, answers = q[b, m], k[b, m], v[b, m], out[b, m]
+        queries, keys, values = q[b, m], k[b, m], v[b, m]
         for matrix in (queries, keys, values):  # most rows will be read, in no order that the processor could foresee
             prefetch(matrix)
         sort_by_group(groups[b, m], order, first)
@@ -65,17 +97,25 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, st
             for t0 in range(first[j], first[j + 1], QUERIES):
                 query_block = order[t0 : min(t0 + QUERIES, first[j + 1])]
                 count, T = query_block.size, padded(query_block.size)
-                transpose((queries, query_block), to_logits, q_block)
+                if d == D:
+                    transpose((queries, query_block), to_logits, q_block)
+                else:
+                    take(queries, query_block, q_rows)
+                    transpose(q_rows[:count], to_logits, q_block)
                 for a in range(0, lengths[b, m, j], KEYS):
                     key_block = selected[b, m, j, a : min(a + KEYS, lengths[b, m, j])]
-                    multiply((keys, key_block), q_block, scores[: key_block.size, :T])
-                    v_block = values, key_block
-                    add_block(scores, key_block.size, count, v_block, row_max, row_sum, rescale, accumulator, a == 0)
+                    block, sums = key_block.size, (row_max, row_sum, rescale, accumulator)
+                    multiply((keys, key_block), q_block[:d], scores[:block, :T])
+                    if d == D:
+                        add_block(scores, block, count, (values, key_block), *sums, a == 0)
+                    else:
+                        take(values, key_block, v_rows)
+                        add_block(scores, block, count, v_rows[:block], *sums, a == 0)
                 for t in range(count):
-                    l, share = query_block[t], one / row_sum[t]
+                    l = query_block[t]
                     statistics[b, m, l, 0], statistics[b, m, l, 1] = row_max[t], row_sum[t]
-                    for c in range(0, d, lanes_of(out)):
-                        store(answers, (l, c), load(accumulator, (t, c)) * share)
+                    rescale[t] = one / row_sum[t]
+                give(accumulator, rescale, out[b, m], query_block)
 
 
 @compiled
@@ -124,12 +164,11 @@ def forward(q, k, v, groups, selected, lengths, scale) -> list[Tensor]:
     check("groups", groups, 0, selected.shape[2] - 1)
     check("selected", selected, 0, k.shape[2] - 1)
     check("lengths", lengths, 1, selected.shape[3])
-    dtype, (B, h, L, d) = working_dtype(q), q.shape
-    arrays = as_arrays(dtype, *whole_registers(q, k, v))
-    out, statistics = torch.empty(arrays[0].shape, dtype=dtype), torch.empty(B, h, L, 2, dtype=dtype)
-    indices = (t.contiguous().numpy() for t in (groups, selected, lengths))
-    in_parallel(forward_heads, B * h, *arrays, *indices, scale, out.numpy(), statistics.numpy())
-    return [out[..., :d].contiguous().to(q.dtype), statistics]
+    dtype, (B, h, L, _) = working_dtype(q), q.shape
+    out, statistics = look_of_out(q, dtype), torch.empty(B, h, L, 2, dtype=dtype)
+    indices = (t.numpy() for t in (groups, selected, lengths))
+    in_parallel(forward_heads, B * h, *as_arrays(dtype, q, k, v), *indices, scale, out.numpy(), statistics.numpy())
+    return [out.to(q.dtype), statistics]
 
 
 def backward(grad, out, statistics, q, k, v, groups, selected, lengths, scale) -> list[Tensor]:

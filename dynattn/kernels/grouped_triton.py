@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynattn.kernels.deformable_triton import dot
+from dynattn.kernels.grouped import look_of_out
 from dynattn.kernels.indices import check
 from dynattn.kernels.operators import INTERPRETED
 
@@ -152,7 +153,7 @@ def query_block_at(order, places, end):
 
 @triton.jit
 def forward_program(
-    Q, K, V, Q_strides, K_strides, V_strides, order, ends, selected, lengths, out, statistics,
+    Q, K, V, Q_strides, K_strides, V_strides, order, ends, selected, lengths, out, out_strides, statistics,
     L, d, h, G, n, chunks, parts, scale: tl.float64,
     EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +165,7 @@ def forward_program(
     begin, end = bounds(ends, group, G, chunks)
     length = tl.load(lengths + group).to(tl.int32)
     Q, K, V = Q + start_of(Q_strides, head, h), K + start_of(K_strides, head, h), V + start_of(V_strides, head, h)
+    out += start_of(out_strides, head, h)
     for first in range(begin + part * BLOCK_L, end, parts * BLOCK_L):
         queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
@@ -181,8 +183,8 @@ def forward_program(
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             accumulator = dot(weights.to(v.dtype), v, accumulator * rescale[:, None], EXACT)  # DGT-13
             row_max = new
+        write_rows(out, out_strides[2], queries, inside, d, accumulator / row_sum[:, None])
         at = head * L + queries
-        write_rows(out, d, at, inside, d, accumulator / row_sum[:, None])
         tl.store(statistics + at * 2, row_max, mask=inside)
         tl.store(statistics + at * 2 + 1, row_sum, mask=inside)
 
@@ -210,7 +212,8 @@ def slopes_of_logits(x, y, dx, dy, row_max, share, delta, read, to_logits, EXACT
 
 @triton.jit
 def slopes_of_queries(
-    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, statistics, order, ends, selected, lengths, dq,
+    Q, K, V, grad, out, Q_strides, K_strides, V_strides, grad_strides, out_strides,
+    statistics, order, ends, selected, lengths, dq,
     L, d, h, G, n, chunks, parts, scale: tl.float64,
     EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -222,12 +225,13 @@ def slopes_of_queries(
     begin, end = bounds(ends, group, G, chunks)
     length = tl.load(lengths + group).to(tl.int32)
     Q, K, V = Q + start_of(Q_strides, head, h), K + start_of(K_strides, head, h), V + start_of(V_strides, head, h)
-    grad += start_of(grad_strides, head, h)
+    grad, out = grad + start_of(grad_strides, head, h), out + start_of(out_strides, head, h)
     for first in range(begin + part * BLOCK_L, end, parts * BLOCK_L):
         queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         at = head * L + queries
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
-        g, z = read_rows(grad, grad_strides[2], queries, inside, d, D), read_rows(out, d, at, inside, d, D)
+        g = read_rows(grad, grad_strides[2], queries, inside, d, D)
+        z = read_rows(out, out_strides[2], queries, inside, d, D)
         row_max, share, delta = softmax_of(statistics, at, inside, g, z)
         accumulator = tl.zeros((BLOCK_L, D), number)
         for a in range(0, length, BLOCK_N):
@@ -245,7 +249,8 @@ def slopes_of_queries(
 
 @triton.jit
 def slopes_of_keys(
-    Q, K, V, grad, Q_strides, K_strides, V_strides, grad_strides, out, statistics, order, ends, selected, lengths, dq,
+    Q, K, V, grad, out, Q_strides, K_strides, V_strides, grad_strides, out_strides,
+    statistics, order, ends, selected, lengths, dq,
     marks, last, by_group,
     L, S, d, h, G, n, chunks, words, scale: tl.float64,
     WHOLE: tl.constexpr, EXACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
@@ -264,14 +269,15 @@ def slopes_of_keys(
     near = slots < tl.where(begin < end, tl.load(lengths + group), 0)
     keys = tl.load(selected + group * n + slots, mask=near, other=0)
     Q, K, V = Q + start_of(Q_strides, head, h), K + start_of(K_strides, head, h), V + start_of(V_strides, head, h)
-    grad += start_of(grad_strides, head, h)
+    grad, out = grad + start_of(grad_strides, head, h), out + start_of(out_strides, head, h)
     k, v = read_rows(K, K_strides[2], keys, near, d, D), read_rows(V, V_strides[2], keys, near, d, D)
     by_key, by_value = tl.zeros((BLOCK_N, D), number), tl.zeros((BLOCK_N, D), number)
     for first in range(begin, end, BLOCK_L):
         queries, inside = query_block_at(order + head * L, first + tl.arange(0, BLOCK_L), end)
         at = head * L + queries
         q = read_rows(Q, Q_strides[2], queries, inside, d, D)
-        g, z = read_rows(grad, grad_strides[2], queries, inside, d, D), read_rows(out, d, at, inside, d, D)
+        g = read_rows(grad, grad_strides[2], queries, inside, d, D)
+        z = read_rows(out, out_strides[2], queries, inside, d, D)
         row_max, share, delta = softmax_of(statistics, at, inside, g, z)
         read = near[:, None] & inside[None, :]
         weights, slopes = slopes_of_logits(
@@ -371,13 +377,13 @@ def forward(q, k, v, groups, selected, lengths, scale) -> list[Tensor]:
     check_indices(groups, selected, lengths, S)
     order, ends, chunks = sort_by_group(groups, G)
     tensors, strides = zip(*map(with_rows, (q, k, v)), strict=True)
-    out = q.new_empty(q.shape)
+    out = look_of_out(q, q.dtype)
     statistics = q.new_empty(B, h, L, 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     options = options_for(q, G, n, backward=False)
     parts = parts_of(B * h, G, L, options["BLOCK_L"])
     sizes = L, d, h, G, n, chunks, parts, scale
     inputs = *tensors, *strides, order, ends, selected, lengths
-    forward_program[B * h * G * parts,](*inputs, out, statistics, *sizes, **options)
+    forward_program[B * h * G * parts,](*inputs, out, out.stride()[:3], statistics, *sizes, **options)
     return [out, statistics]
 
 
@@ -385,7 +391,7 @@ def backward(grad, out, statistics, q, k, v, groups, selected, lengths, scale) -
     """Gradients of q, k and v. Takes memory for 2 G n rows of keys a head."""
     (B, h, L, d), S, (G, n) = q.shape, k.shape[2], selected.shape[2:]
     groups, selected, lengths = groups.contiguous(), selected.contiguous(), lengths.contiguous()
-    out, statistics = out.contiguous(), statistics.contiguous()
+    statistics = statistics.contiguous()
     order, ends, chunks = sort_by_group(groups, G)
     words = triton.cdiv(G, WORD.value)
     marks, counts = (torch.zeros(B * h, S, w, dtype=torch.int32, device=q.device) for w in (words, 1))
@@ -393,10 +399,10 @@ def backward(grad, out, statistics, q, k, v, groups, selected, lengths, scale) -
     mark_program[grid](ends, selected, lengths, marks, counts, S, G, n, chunks, words, BLOCK=MARKS)
     last = counts[..., 0].cumsum(1, dtype=torch.int32)
 
-    tensors, strides = zip(*map(with_rows, (q, k, v, grad)), strict=True)
+    tensors, strides = zip(*map(with_rows, (q, k, v, grad, out)), strict=True)
     dq, dk, dv = (q.new_empty(x.shape) for x in (q, k, v))
     by_group = q.new_empty(B * h, G * n, 2, d)
-    inputs = *tensors, *strides, out, statistics, order, ends, selected, lengths, dq
+    inputs = *tensors, *strides, statistics, order, ends, selected, lengths, dq
     options = options_for(q, G, n, backward=True)
     whole = options["BLOCK_N"] >= n
     if not whole:

@@ -102,25 +102,14 @@ def routed_attention_torch(q, k, v, routes, key_mask, scale, dropout=0.0):
 
 
 @torch.no_grad()
-def route(
-    q: Float[Tensor, "B h R Tq d"],
-    k: Float[Tensor, "B h S Tk d"],
-    q_inside: Bool[Tensor, "R Tq"] | None,
-    k_inside: Bool[Tensor, "S Tk"] | None,
-    topk: int,
-) -> Int[Tensor, "B R n"]:
+def route(q: Float[Tensor, "B h R d"], k: Float[Tensor, "B h S d"], topk: int) -> Int[Tensor, "B R n"]:
     """The n = min(topk, S) regions of keys that every region of queries reads, the most liked first; no gradient.
 
-    A matrix product may sum equal numbers in another order at another place. Hence it is computed in double precision
-    and rounded: what is equal stays so, and the lowest numbers win.
+    q, k: the mean query and the mean key of every region, as `core.Regions.means` has them. A matrix product may sum
+    equal numbers in another order at another place. Hence it is computed in double precision and rounded: what is equal
+    stays so, and the lowest numbers win.
     """
-    precise = torch.promote_types(q.dtype, torch.float32)
-
-    def means(x: Tensor, inside: Tensor | None) -> Tensor:  # (B, regions, C)
-        count = x.shape[3] if inside is None else inside.sum(dim=1)[:, None]
-        return rearrange(x.sum(dim=3, dtype=precise) / count, "B h R d -> B R (h d)").double()
-
-    A = (means(q, q_inside) @ means(k, k_inside).mT).to(precise)  # DEBI-9
+    A = torch.einsum("bhrd,bhsd->brs", q.double(), k.double()).to(q.dtype)  # DEBI-9
     A = A.where(~A.isnan(), -torch.inf)
     return A.argsort(dim=-1, descending=True, stable=True)[..., : core.smaller(topk, A.shape[2])]  # DEBI-10
 
@@ -143,15 +132,20 @@ def _kernel(backend: str) -> Callable:
     """The operator of grouped attention as a form: regions are groups, which select the tokens of their routes."""
 
     def form(q, k, v, routes, key_mask, scale):
-        (B, h, R, Tq), Tk = q.shape[:4], k.shape[3]
-        groups = torch.arange(R, device=q.device).repeat_interleave(Tq).expand(B, h, -1)
-        keys, lengths = (rearrange(x, "B R ... -> B 1 R ...") for x in readable_first(routes, key_mask, Tk))
-        keys, lengths = keys.expand(-1, h, -1, -1), lengths.expand(-1, h, -1)
-        q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-        out = operators.apply(kernel.OPERATORS[backend], q, k, v, groups, keys, lengths, scale)[0]
+        R, Tq = q.shape[2:4]
+        groups = torch.arange(R, device=q.device).repeat_interleave(Tq)
+        keys, lengths = readable_first(routes, key_mask, k.shape[3])
+        out = _grouped(backend, *(x.flatten(2, 3) for x in (q, k, v)), groups, keys, lengths, scale)
         return out.unflatten(2, (R, Tq))
 
     return form
+
+
+def _grouped(backend, q, k, v, groups, keys, lengths, scale) -> Float[Tensor, "B h L d"]:
+    """The operator, for groups (L), keys (B, R, N) and lengths (B, R) that all heads share."""
+    B, h = q.shape[:2]
+    keys, lengths = (x[:, None].expand(-1, h, *x.shape[1:]) for x in (keys, lengths))
+    return operators.apply(kernel.OPERATORS[backend], q, k, v, groups.expand(B, h, -1), keys, lengths, scale)[0]
 
 
 KERNELS = {backend: _kernel(backend) for backend in kernel.OPERATORS}
@@ -206,28 +200,33 @@ def routed_attention(
     return routed_attention.forms.run(impl, q, k, v, routes, key_mask, scale)
 
 
-def _of_maps(form: Callable) -> Callable:
-    """A form of routed attention as one of `bilevel_attention`: maps are cut, routed, read and joined again."""
+def bilevel_attention_torch(q, k, v, query_shape, key_shape, regions, topk, scale, dropout=0.0):
+    """DEBI-9 to DEBI-11 and DEBI-2: maps are cut into regions, which are routed and read; then the map is joined."""
+    ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
+    routes, inside = route(ours.means(q), theirs.means(k), topk), theirs.inside(k)  # DEBI-9, DEBI-10
+    key_mask = None if inside is None else inside.expand(len(q), -1, -1)
+    q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
+    return ours.join(routed_attention_torch(q, k, v, routes, key_mask, scale, dropout))  # DEBI-11, DEBI-2
 
-    def bilevel(q, k, v, query_shape, key_shape, regions, topk, scale, **dropout):
+
+def _kernel_on_maps(backend: str) -> Callable:
+    """The operator of grouped attention on the maps as they lie, without copies: a region is a list of cells."""
+
+    def form(q, k, v, query_shape, key_shape, regions, topk, scale):
         ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
-        q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
-        inside = theirs.inside(k)
-        routes = route(q, k, ours.inside(q), inside, topk)  # DEBI-9, DEBI-10
-        key_mask = None if inside is None else inside.expand(len(q), -1, -1)
-        return ours.join(form(q, k, v, routes, key_mask, scale, **dropout))  # DEBI-11, DEBI-2
+        routes, inside = route(ours.means(q), theirs.means(k), topk), theirs.inside(k)  # DEBI-9, DEBI-10
+        cells, key_mask = theirs.cells(k.device), None if inside is None else inside.expand(len(q), -1, -1)
+        keys, lengths = readable_first(routes, key_mask, cells.shape[1])
+        return _grouped(backend, q, k, v, ours.numbers(q.device), cells.flatten()[keys], lengths, scale)
 
-    return bilevel
-
-
-bilevel_attention_torch = _of_maps(routed_attention_torch)
+    return form
 
 
 @core.operation(
     loops=bilevel_attention_loops,
     torch=bilevel_attention_torch,
     pays=kernel.pays,
-    **{backend: _of_maps(form) for backend, form in KERNELS.items()},
+    **{backend: _kernel_on_maps(backend) for backend in kernel.OPERATORS},
 )
 def bilevel_attention(
     q: Float[Tensor, "B h L d"],
@@ -326,8 +325,7 @@ class Routing:
 
     def __init__(self, q: Tensor, k: Tensor, query_shape, key_shape, regions: int, topk: int):
         self.queries, self.sources = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
-        inside = self.queries.inside(q), self.sources.inside(k)
-        self.routes = route(self.queries.cut(q), self.sources.cut(k), *inside, topk)[0]
+        self.routes = route(self.queries.means(q), self.sources.means(k), topk)[0]
 
     def on_image(
         self, query_stride: Sequence[float], key_stride: Sequence[float], readers: str = "queries"

@@ -14,8 +14,18 @@ from dynattn.verify.mistakes.common import altered, first_for_all, of_scale, of_
 from dynattn.verify.registry import register
 
 
+def mean(x: Tensor, inside: Tensor | None) -> Tensor:
+    """Of the tokens of the map."""
+    return x.mean(3) if inside is None else x.sum(3) / inside.sum(1)[:, None]
+
+
+def most_liked(q, k, q_inside, k_inside, topk):
+    """Routes as they should be."""
+    return route(mean(q, q_inside), mean(k, k_inside), topk)
+
+
 def on_regions(
-    choose: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Tensor] = route,
+    choose: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Tensor] = most_liked,
     masked: bool = True,
     cut: Callable[[Regions, Tensor], Tensor] = Regions.cut,
     join: Callable[[Regions, Tensor], Tensor] = Regions.join,
@@ -46,11 +56,6 @@ def by_affinity(change: Callable[[Tensor], Tensor] = lambda A: A, of: Callable =
         return A.argsort(dim=-1, descending=True, stable=True)[..., :topk]
 
     return choose
-
-
-def mean(x: Tensor, inside: Tensor | None) -> Tensor:
-    """Of the tokens of the map."""
-    return x.mean(3) if inside is None else x.sum(3) / inside.sum(1)[:, None]
 
 
 def unit(x: Tensor, inside: Tensor | None) -> Tensor:
@@ -85,12 +90,12 @@ def around_itself(q, k, q_inside, k_inside, topk):
 
 def for_the_next_region(q, k, q_inside, k_inside, topk):
     """Routes of the region before."""
-    return route(q, k, q_inside, k_inside, topk).roll(1, 1)
+    return most_liked(q, k, q_inside, k_inside, topk).roll(1, 1)
 
 
 def for_all_images(q, k, q_inside, k_inside, topk):
     """Routes of the first image."""
-    return first_for_all(route(q, k, q_inside, k_inside, topk), 0)
+    return first_for_all(most_liked(q, k, q_inside, k_inside, topk), 0)
 
 
 def every_head_for_itself(q, k, v, query_shape, key_shape, regions, topk, scale):
