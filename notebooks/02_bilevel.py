@@ -209,7 +209,7 @@ say(lesson.in_words(found))
 
 # %%
 regions, (q, key) = core.Regions((8, 8), 4), (normal(1, 2, 64, 4), normal(1, 2, 64, 4))
-route = lambda q, key: lesson.bilevel.route(regions.cut(q), regions.cut(key), None, None, 3)
+route = lambda q, key: lesson.bilevel.route(regions.means(q), regions.means(key), 3)
 longer = torch.where((regions.numbers(key.device) == 5)[:, None], 3 * key, key)
 same = [float((route(*pair) == route(q, key)).all(dim=-1).float().mean()) for pair in ((3 * q, key), (q, longer))]
 say(f"Regions with the same routes: {same[0]:.0%} with longer queries, {same[1]:.0%} with longer keys in one region.")

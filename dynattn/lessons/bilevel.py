@@ -105,7 +105,7 @@ def turned_routes(record: BiLevelRecord, S: int, k: int) -> tuple[Routing, Float
     """The routing of a trained layer with another number of regions and routes, and all affinities (DEBI-9)."""
     shape = record.query_shape
     routing = Routing(record.q[None], record.k[None], shape, shape, S, min(k, S * S))
-    means = [one.cut(x[None]).mean(dim=3) for one, x in ((routing.queries, record.q), (routing.sources, record.k))]
+    means = [one.means(x[None]) for one, x in ((routing.queries, record.q), (routing.sources, record.k))]
     q, key = (x[0].movedim(0, 1).flatten(1) for x in means)  # (regions, C)
     return routing, q @ key.mT
 
@@ -179,7 +179,7 @@ def walk(k: int) -> tuple[Float[np.ndarray, " steps"], list[tuple[int, ...]], Fl
         out = bilevel.bilevel_attention(mine, key, v, (4, 4), (4, 4), regions=4, topk=k)[0, 0, 0, 0]
         slopes.append(2 * np.pi * float(torch.autograd.grad(out, t)[0]))
         values.append(float(out.detach()))
-        routes.append(tuple(bilevel.route(regions.cut(mine), regions.cut(key), None, None, k)[0, 0].sort()[0].tolist()))
+        routes.append(tuple(bilevel.route(regions.means(mine), regions.means(key), k)[0, 0].sort()[0].tolist()))
     return np.array(values), routes, np.array(slopes)
 
 

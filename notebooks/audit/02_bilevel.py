@@ -135,7 +135,7 @@ attend = partial(ops.bilevel_attention, k=k, v=v, query_shape=(4, 4), key_shape=
 whole, layout, at = lambda q: float(attend(q)[0, 0, 0, 0]), core.Regions((4, 4), 4), 0
 walk = list(audit.one_query(2000, q, -2 * q[0, 0, at], at))  # to its opposite, which likes all that it disliked
 outputs = np.array([whole(moved) for _, moved in walk])
-routes = [bilevel.route(layout.cut(moved), layout.cut(k), None, None, 3)[0, at].sort()[0].tolist() for _, moved in walk]
+routes = [bilevel.route(layout.means(moved), layout.means(k), 3)[0, at].sort()[0].tolist() for _, moved in walk]
 same = np.array([a == b for a, b in zip(routes, routes[1:], strict=False)])
 steps = np.abs(np.diff(outputs))
 assert (~same).any() and steps[~same].mean() > 20 * steps[same].mean()
@@ -475,9 +475,8 @@ ledger(
 def bilevel_attention(q, k, v, query_shape, key_shape, regions, topk, scale=None):
     """Somebody's attempt."""
     ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
-    q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
-    routes = bilevel.route(q, k, ours.inside(q), theirs.inside(k), topk)
-    return ours.join(ops.routed_attention(q, k, v, routes, scale=scale))
+    routes = bilevel.route(ours.means(q), theirs.means(k), topk)
+    return ours.join(ops.routed_attention(ours.cut(q), theirs.cut(k), theirs.cut(v), routes, scale=scale))
 
 
 try:
@@ -502,9 +501,8 @@ except verify.Mismatch as mismatch:
 # %%
 def mended(q, k, v, query_shape, key_shape, regions, topk, scale=None):
     ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
+    routes, inside = bilevel.route(ours.means(q), theirs.means(k), topk), theirs.inside(k)
     q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
-    inside = theirs.inside(k)
-    routes = bilevel.route(q, k, ours.inside(q), inside, topk)
     key_mask = None if inside is None else inside.expand(len(q), -1, -1)
     return ours.join(ops.routed_attention(q, k, v, routes, key_mask=key_mask, scale=scale))
 
