@@ -124,7 +124,8 @@ def draw_routing(query: tuple[float, float], S: int, k: int, layer: str, image: 
     photo.set_title("dashed: its region; numbered: read" if S <= 8 else "what the dashed region reads")
     extent = (-0.5, SIDE - 0.5, SIDE - 0.5, -0.5)
     likes = affinity[region]
-    heat_ax.imshow(likes.reshape(routing.sources.grid), HEAT, extent=extent, alpha=0.75, interpolation="nearest")
+    shown = dict(extent=extent, cmap=HEAT, alpha=0.75, interpolation="nearest")
+    heat_ax.imshow(likes.reshape(routing.sources.grid).numpy(), **shown)
     heat_ax.set_title("its affinity to all regions, DEBI-9")
 
     logits = torch.stack([record.q[m, at] @ record.k[m].mT for m in range(record.heads)]) * record.scale
@@ -257,7 +258,7 @@ def draw_agents(query: tuple[float, float], r: int, k: int, head: int, layer: st
     axes[1].set_title("what its heaviest agent (blue) reads")
     got = record.effective_matrix(head)[at]
     extent = (-0.5, SIDE - 0.5, SIDE - 0.5, -0.5)
-    share = (got / got.max()).reshape(record.query_shape)
+    share = (got / got.max()).reshape(record.query_shape).numpy()
     axes[2].imshow(share, extent=extent, cmap=HEAT, alpha=0.35 + 0.6 * share, interpolation="nearest")
     axes[2].set_title("what the star gets, by all agents")
     moved = float((points - rest).norm(dim=1).mean())
