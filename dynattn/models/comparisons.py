@@ -152,12 +152,20 @@ class ChannelsFirstStem(ConvStem):
         return rearrange(super().forward(rearrange(x, "B C H W -> B H W C")), "B h w C -> B C h w")
 
 
+class AfterLocalConvChannelsFirst(AfterLocalConv):
+    """The same for a block that takes channels first, (B, C, H, W)."""
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return self.block(rearrange(self.local(rearrange(x, "B C H W -> B H W C")), "B H W C -> B C H W"))
+
+
 class MiniConvNeXt(ConvNeXt):
-    """timm's ConvNeXt (arXiv 2201.03545) in three stages, as wide as `swin_mini`, behind the same stem.
+    """timm's ConvNeXt (arXiv 2201.03545) in three stages, as wide as `swin_mini`, with the same convolutions around it.
 
     Strides 4, 8, 16. It has half as many blocks again as `swin_mini`, as ConvNeXt-T has of Swin-T: their parameters
-    are about as many. There is no scale of the layers that starts near zero: the runs are short, and random weights
-    should show what the blocks do. Any image size is accepted at run time.
+    are about as many. The runs are short: there is no scale of the layers that starts near zero, and convolutions start
+    as torch's do, because of timm's smaller weights a step of Adam changes too large a part. Any image size is accepted
+    at run time.
     """
 
     def __init__(
@@ -176,7 +184,12 @@ class MiniConvNeXt(ConvNeXt):
         size = dict(dims=(*dims, dims[-1]), depths=(*depths, 0), drop_path_rate=0.05, ls_init_value=None)
         super().__init__(in_chans, num_classes, **(size | kw))
         self.stages, self.feature_info = self.stages[:count], self.feature_info[:count]  # timm makes four
+        for module in self.stages.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
         self.stem = ChannelsFirstStem(in_chans, dims[0])
+        for stage, dim in zip(self.stages, dims, strict=True):
+            stage.blocks = nn.Sequential(*(AfterLocalConvChannelsFirst(dim, block) for block in stage.blocks))
         self.img_size = img_size
 
     @classmethod
