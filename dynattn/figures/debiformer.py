@@ -104,6 +104,13 @@ def class_in_words(setting: Setting, subjects: Sequence[Subject], pictures: Sequ
     return f"the class that the model answers{f' ({said})' if len(pictures) == 1 else ''}"
 
 
+def weights_of(subjects: Sequence[Subject]) -> str:
+    """The checkpoints of the models beside the paper's, in words."""
+    told = [(written(subject), subject.story) for subject in subjects]
+    made = lambda story: ", ".join(f"{key} {story[key]}" for key in ("seed", "steps") if key in story)  # noqa: E731
+    return "".join(f"{name}: {story['file']} ({made(story)}). " for name, story in told)
+
+
 def draw_map(ax: Axes, subject: Subject, picture: Picture, label: int, stage: int) -> None:
     """A class map over a picture, with the object's outline if it is known."""
     ground(ax, picture)
@@ -150,8 +157,8 @@ def maps(setting: Setting) -> Drawing:
     else:
         measures = [on_photograph(setting, subject, 0) for subject in subjects]
     caption = (
-        f"HiResCAM for {class_in_words(setting, subjects, pictures)} at the first stage, before all tokens are mixed. "
-        f"{said}{conditions(setting, pictures, measures)}"
+        f"HiResCAM for {class_in_words(setting, subjects, pictures)} at the output of the first stage, which has mixed "
+        f"the least of the map. {said}{weights_of(subjects[:-1])}{conditions(setting, pictures, measures)}"
     )
     rows, alone = ["photograph", *map(written, subjects)], len(pictures) == 1
     beside_it = {"column_labels": rows} if alone else {"row_labels": rows}
@@ -199,7 +206,10 @@ def by_stage(setting: Setting) -> Drawing:
     else:
         measures = [on_photograph(setting, subject, stage) for stage in range(count) for subject in subjects]
     classes = class_in_words(setting, subjects, pictures)
-    caption = f"HiResCAM for {classes} at the output of every stage. {said}{conditions(setting, pictures, measures)}"
+    caption = (
+        f"HiResCAM for {classes} at the output of every stage. {said}{weights_of(subjects[:-1])}"
+        f"{conditions(setting, pictures, measures)}"
+    )
     sheet, panels = stage_panels(pictures, subjects, count, caption, compared(measures))
     for j, picture in enumerate(pictures):
         for k, subject in enumerate(subjects):
@@ -253,7 +263,7 @@ def of_fields(setting: Setting) -> dict[str, int]:
 
 NEEDS = dict(package="pytorch_grad_cam", advice="class maps are made by grad-cam: pip install 'dynattn[vision]'")
 PLANS = {
-    4: Plan("class_maps", "Figure 4 · Where the features speak for the class", maps, of_maps, **NEEDS),
+    4: Plan("class_maps", "Figure 4 · Class maps: where the features speak for the class", maps, of_maps, **NEEDS),
     5: Plan("receptive_fields", "Figure 5 · Receptive field of the centre", receptive_fields, of_fields),
     6: Plan("class_maps_by_stage", "Figure 6 · Class maps, stage by stage", by_stage, of_maps, **NEEDS),
 }

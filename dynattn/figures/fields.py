@@ -139,9 +139,9 @@ def caption_of(
     made = ", ".join(subject.story["file"] for subject in subjects)
     H, W = setting.subject.size
     return (
-        f"How much the centre of the last stage's map changes with each pixel, {images}, by decades of the largest. The "
-        f"centre is four cells where the map has even sides. {orders(names, sides)}Table: side of the central square "
-        f"that holds a part of all contribution, over the side of the image, and its area; "
+        f"How much the centre of the last stage's map changes with each pixel, {images}, in decades of the largest. "
+        f"The centre is four cells where the map has even sides. {orders(names, sides)}Table: side of the central "
+        f"square that holds a part of all contribution, over the side of the image, and its area; "
         f"{seeds_in_words(names, sides)}; in bold the largest of trained and of random networks. "
         f"Weights: {made}, made for {H} × {W}; random weights: seed {setting.seed}."
     )
@@ -162,13 +162,13 @@ def value_of(measure: Measure, trained: bool) -> float:
 
 
 def orders(names: Sequence[str], sides: Sides) -> str:
-    """Who has the largest field, by size and by weights, and whether that order is always the same."""
+    """Who has the largest field, by size and by weights, and whether that order is always the same; empty of one."""
     if len(names) == 1:
         return ""
     said = []
     for part in SQUARES:
         found = {
-            (trained, size): tuple(ranked(names, [value_of(sides[s, size, part], trained) for s in range(len(names))]))
+            (trained, size): ranked(names, [value_of(sides[s, size, part], trained) for s in range(len(names))])
             for trained in (True, False)
             for size in range(2)
         }
@@ -178,15 +178,18 @@ def orders(names: Sequence[str], sides: Sides) -> str:
         }
         changes = " and ".join(word for word, flip in flips.items() if flip)
         told = f"the order changes {changes}" if changes else "the order is always the same"
-        first = sum(order[0] == names[0] for order in found.values())
-        listed = f"trained {' > '.join(found[True, 0])}, at twice the size {' > '.join(found[True, 1])}"
-        said.append(f"By the square with {100 * part:.0f} % {told} ({listed}); {names[0]} is first in {first} of 4. ")
+        first = sum(order.startswith(f"{names[0]} >") for order in found.values())
+        listed = f"trained: {found[True, 0]}; at twice the size: {found[True, 1]}"
+        said.append(f"By the square with {100 * part:.0f} % {told} ({listed}). {names[0]} is first in {first} of 4. ")
     return "".join(said)
 
 
-def ranked(names: Sequence[str], values: Sequence[float]) -> list[str]:
-    """The names by their values, the largest first."""
-    return [names[s] for s in np.argsort(-np.array(values), kind="stable")]
+def ranked(names: Sequence[str], values: Sequence[float]) -> str:
+    """The names by their values, the largest first; those that two digits do not tell apart are equal."""
+    by_value: dict[str, list[str]] = {}
+    for name, value in zip(names, values, strict=True):
+        by_value.setdefault(f"{value:.2f}", []).append(name)
+    return " > ".join(" = ".join(by_value[value]) for value in sorted(by_value, key=float, reverse=True))
 
 
 def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
@@ -200,21 +203,20 @@ def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
 
 def write_table(ax: Axes, names: Sequence[str], labels: Sequence[str], sides: Sides) -> None:
     """The thresholds, a row for each model and its random network; in bold the largest of trained, and of random."""
-    left = [0.005, 0.1, *(0.225 + 0.1 * i + 0.02 * (i > 3) for i in range(8))]
+    left = [0.005, 0.105, *(0.225 + 0.1 * i + 0.02 * (i > 3) for i in range(8))]
     columns = [(size, part) for size in range(2) for part in SHARES]
     rows = [["", "", labels[0], "", "", "", labels[1], "", "", ""]]
     rows += [["side (area) with", "", *(f"{100 * part:.0f} %" for _, part in columns)]]
-    bold = {(0, 2), (0, 6)}
+    bold = {(0, 2), (0, 6)}  # and the largest, where there are several models
     for s, name in enumerate(names):
         for trained in (True, False):
             values = [value_of(sides[s, size, part], trained) for size, part in columns]
             words = [f"{value:.2f} ({value**2:.2f})" for value in values]
             rows.append([name if trained else "", "trained" if trained else "random", *words])
-    for j, (size, part) in enumerate(columns):
+    for j, (size, part) in enumerate(columns if len(names) > 1 else ()):
         for trained in (True, False):
-            values = [value_of(sides[s, size, part], trained) for s in range(len(names))]
-            if len(names) > 1:
-                bold.add((2 + 2 * int(np.argmax(values)) + (not trained), 2 + j))
+            values = [round(value_of(sides[s, size, part], trained), 2) for s in range(len(names))]
+            bold |= {(2 + 2 * s + (not trained), 2 + j) for s in range(len(names)) if values[s] == max(values)}
     style.table(ax, rows, left, bold)
 
 

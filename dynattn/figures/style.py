@@ -80,7 +80,7 @@ def sheet(
     y = (0.7 + 0.35 * bool(column_labels)) + np.arange(rows) * (panel * aspect + gap)
     plots_at = y[-1] + panel * aspect + 0.15 * bool(plots)
     key_at = plots_at + plots * PLOT
-    table_at = key_at + KEY
+    table_at = key_at + KEY + 0.15 * bool(lines)
     measures_at = table_at + LINE * lines + 0.15 * bool(lines)
     caption_at = measures_at + bool(measures) * (0.62 + MEASURE * len(measures))
     height = caption_at + 0.205 * len(wrapped) + EDGE
@@ -345,8 +345,9 @@ def window_mark() -> Line2D:
 def heat(ax: Axes, values: Float[np.ndarray, "H W"]) -> None:
     """A map from 0 to 1 over the photograph, below the object's outline: clear where it is 0, then red to yellow."""
     H, W = values.shape
-    colours = HEAT(values)
-    colours[..., 3] = np.clip(1.6 * values, 0, 0.82)
+    root = np.sqrt(values)  # most of a map is far below its largest value
+    colours = HEAT(root)
+    colours[..., 3] = np.clip(1.3 * root, 0, 0.85)
     ax.imshow(colours, extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="bilinear", zorder=1.5)
 
 
@@ -367,12 +368,17 @@ def central_square(ax: Axes, side: float, shape: tuple[int, int], dashes: object
         ax.add_patch(Rectangle(corner, *size, fill=False, linewidth=width, edgecolor=colour, linestyle=style, zorder=3))
 
 
+def square_mark(dashes: object) -> Line2D:
+    """The mark of `central_square` for `key`."""
+    return Line2D([], [], color=INK, linewidth=1.7, linestyle=dashes)
+
+
 def scale(
     sheet: Sheet, colours: Colormap, labels: Sequence[str], text: str, *, left: float, width: float = 2.0
 ) -> None:
     """A bar of colours where the key stands, with labels from its start to its end; left, width: inches."""
     figure_height = sheet.figure.get_size_inches()[1]
-    place = [left / WIDTH, sheet.key_height - 0.01 / figure_height, width / WIDTH, 0.13 / figure_height]
+    place = [left / WIDTH, sheet.key_height - 0.065 / figure_height, width / WIDTH, 0.13 / figure_height]
     ax = sheet.figure.add_axes(place)
     ax.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=colours, extent=(0, 1, 0, 1))
     ax.set_yticks([])
