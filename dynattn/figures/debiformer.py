@@ -49,10 +49,15 @@ def evaluate(model: nn.Module, *arrays: np.ndarray, known: bool = True, bar: tqd
     return evaluate_maps(model, images, masks, labels if known else None, bar=bar)
 
 
+def count_of(setting: Setting) -> int:
+    """How many test images the class maps are measured on: fewer of large ones."""
+    return min(MAPS, setting.count)
+
+
 def tables_of(setting: Setting, subject: Subject) -> dict[str, pd.DataFrame]:
     """The table of each of a model's networks, measured once in a run."""
     return {
-        network: setting.evaluation(unique(subject, network), model, MAPS, known=subject.knows_shapes)
+        network: setting.evaluation(unique(subject, network), model, count_of(setting), known=subject.knows_shapes)
         for network, model in setting.networks(subject).items()
     }
 
@@ -61,8 +66,7 @@ def of_maps(setting: Setting) -> dict[str, int]:
     """The networks whose class maps are measured, and on how many images: none on a user's photograph."""
     if setting.image is not None:
         return {}
-    count = min(MAPS, setting.count)
-    subjects = setting.beside([BIFORMER])
+    count, subjects = count_of(setting), setting.beside([BIFORMER])
     return {unique(subject, network): count for subject in subjects for network in setting.networks(subject)}
 
 

@@ -73,9 +73,14 @@ def fields_of(setting: Setting, subject: Subject, pictures: Sequence[Sequence[Pi
     return found
 
 
+def squares(field: Float[np.ndarray, "H W"]) -> dict[float, float]:
+    """The sides of the squares that hold the parts, over that of the image; 0 of a field that is zero everywhere."""
+    return {part: side if np.isfinite(side) else 0.0 for part, side in contribution(field).items()}
+
+
 def side_of(fields: Fields, subject: Subject, name: str, size: int, part: float, n: int) -> Measure:
     """The side of the square that holds a part of all contribution, of all networks of a model at a size."""
-    values = {network: contribution(found[size], [part])[part] for network, found in fields.items()}
+    values = {network: squares(found[size])[part] for network, found in fields.items()}
     H, W = fields[subject.name][size].shape
     return Measure(
         name=f"side of the square with {100 * part:.0f} %, {name}, {H} × {W}",
@@ -150,10 +155,9 @@ def caption_of(
 def draw_field(ax: Axes, field: Float[np.ndarray, "H W"]) -> None:
     """A receptive field with the squares of two shares."""
     style.contributions(ax, field)
-    found = contribution(field, list(SQUARES))
+    found = squares(field)
     for part, dashes in SQUARES.items():
-        if np.isfinite(found[part]):
-            style.central_square(ax, found[part], field.shape, dashes)
+        style.central_square(ax, found[part], field.shape, dashes)
 
 
 def value_of(measure: Measure, trained: bool) -> float:
@@ -228,7 +232,7 @@ def tables_of(subjects: Sequence[Subject], fields: Sequence[Fields]) -> dict[str
             rows = [
                 Row(NETWORK, ALL, NONE, f"side, {100 * part:.0f} %, {field.shape[0]} × {field.shape[1]}", side)
                 for field in at_sizes
-                for part, side in contribution(field).items()
+                for part, side in squares(field).items()
             ]
             found[field_name(subject, network)] = table_of([rows])
     return found

@@ -24,7 +24,7 @@ from .tables import Measure
 ORANGE, BLUE, RED, INK, GREY, PAPER = "#F28E00", "#38A8F0", "#E8112D", "#222222", "#555555", "white"
 GREEN, YELLOW, PURPLE, NAVY, RUST = "#00B07C", "#F0E442", "#CC79A7", "#0072B2", "#A8480A"
 GROUPS = (ORANGE, BLUE, GREEN, YELLOW, PURPLE, NAVY, RUST, INK)  # of queries, or of offsets
-HEAT = LinearSegmentedColormap.from_list("heat", ["#5B0A1E", RED, ORANGE, YELLOW])
+HEAT = LinearSegmentedColormap.from_list("heat", ["#8B0A1E00", "#E8112D99", "#F28E00D0", "#F0E442E0"])
 FIELD = LinearSegmentedColormap.from_list("field", ["#0B0B1E", "#27306E", "#2F7FB8", "#7FD0C6", "#FCF7C8"])
 WIDTH = 12.0
 DPI = 160
@@ -345,9 +345,7 @@ def window_mark() -> Line2D:
 def heat(ax: Axes, values: Float[np.ndarray, "H W"]) -> None:
     """A map from 0 to 1 over the photograph, below the object's outline: clear where it is 0, then red to yellow."""
     H, W = values.shape
-    root = np.sqrt(values)  # most of a map is far below its largest value
-    colours = HEAT(root)
-    colours[..., 3] = np.clip(1.3 * root, 0, 0.85)
+    colours = HEAT(values**0.7)  # most of a map is far below its largest value
     ax.imshow(colours, extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="bilinear", zorder=1.5)
 
 
@@ -379,7 +377,7 @@ def scale(
     """A bar of colours where the key stands, with labels from its start to its end; left, width: inches."""
     figure_height = sheet.figure.get_size_inches()[1]
     place = [left / WIDTH, sheet.key_height - 0.065 / figure_height, width / WIDTH, 0.13 / figure_height]
-    ax = sheet.figure.add_axes(place)
+    ax = sheet.figure.add_axes(place, facecolor="#8A8A8A")
     ax.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=colours, extent=(0, 1, 0, 1))
     ax.set_yticks([])
     ax.set_xticks(np.linspace(0, 1, len(labels)), labels, fontsize=SMALL, color=INK)
