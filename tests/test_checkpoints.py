@@ -119,7 +119,7 @@ FLOORS = {
     "dat_mini": 0.8,
     "swin_mini": 0.7,
     "vit_mini": 0.8,
-    "convnext_mini": 0.7,
+    "convnext_mini": 0.65,
     "dgt_mini": 0.8,
     "biformer_mini": 0.8,
     "debiformer_mini": 0.8,
