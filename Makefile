@@ -7,6 +7,7 @@ ENVIRONMENT := .venv/.installed
 figures: $(ENVIRONMENT)  ## draw the figures into figures/ and print what they measure
 	.venv/bin/dynattn figures --paper dat
 	.venv/bin/dynattn figures --paper dgt
+	.venv/bin/dynattn figures --paper debiformer
 
 test: $(ENVIRONMENT)  ## the tests of every day: five minutes on two cores
 	.venv/bin/pytest -n 2

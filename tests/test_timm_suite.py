@@ -28,6 +28,7 @@ SMALL = [
     "swin_tiny_dgt",
     "swin_mini",
     "vit_mini",
+    "convnext_mini",
     "biformer_mini",
     "biformer_tiny",
     "debiformer_mini",

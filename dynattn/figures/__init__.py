@@ -1,9 +1,10 @@
 """The papers' figures, drawn from trained models, each with its conditions and with what chance would give.
 
 `draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
-models and pictures; `measures.py`, what is measured of an image; `tables.py`, of many images; `run.py`, what a figure
-is and what those of a run share; `drawing.py`, captions; `sweep.py`, networks that differ in one argument; `style.py`,
-looks; `gallery.py`, the folder they go into; `noise.py`, what counts as a change.
+models and pictures; `measures.py`, what is measured of an image; `tables.py`, of many images; `evidence.py`, class maps
+and receptive fields of any model with stages; `run.py`, what a figure is and what those of a run share; `drawing.py`,
+captions; `sweep.py`, networks that differ in one argument; `style.py`, looks; `gallery.py`, the folder they go into;
+`noise.py`, what counts as a change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def draw(
     measures with their nulls, and of each network a summary by layer, head and kind of measure.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay, and so
     does what differs by no more than another machine's rounding.
-    Raises ValueError, TypeError, FileNotFoundError for wrong arguments, before anything is drawn.
+    Raises ValueError, TypeError, FileNotFoundError, ImportError for wrong arguments, before anything is drawn.
     """
     plugins.load_papers()
     core.one_of("paper", paper, tuple(FIGURES))
@@ -113,10 +114,10 @@ def called(number: int | str) -> str:
 def chosen(
     plans: dict[int | str, Plan], only: Sequence[int | str] | None, has_image: bool, has_weights: bool
 ) -> list[int | str]:
-    """The figures to draw, in order; what is left out for want of checkpoints is told.
+    """The figures to draw, in order; what is left out for want of checkpoints or of a package is told.
 
     Raises ValueError for one that does not exist or does not go with the rest, FileNotFoundError for want of
-    checkpoints.
+    checkpoints, ImportError for want of a package.
     """
     reason = "image" if has_image else "weights or model" if has_weights else None
     why = f"compares shipped models on the test images; it takes no {reason}"
@@ -133,7 +134,7 @@ def chosen(
             raise ValueError(f"only: {called(number)} {why}")
         if lack := plans[number].lacks():
             if only is not None:
-                raise FileNotFoundError(f"only: {called(number)} {lack}")
+                raise type(lack)(f"only: {called(number)} {lack}")
             print(f"{called(number)} is left out: it {lack}")
             numbers.remove(number)
     return numbers

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -22,6 +23,9 @@ NAMES = {
     "same": "heads where on it > off it (share)",
     "distance": "from a query to its keys, in sides of the image",
     "image": "offsets that depend on the image",
+    "hires": "HiResCAM on the object",
+    "grad": "Grad-CAM on the object",
+    "half": "part of the image with half of the class map",
 }
 
 
@@ -82,6 +86,11 @@ def share(kind: str, table: pd.DataFrame, trained: str, label: str = "", **about
         seeds={network: float(value) for network, value in values.items() if network.startswith(SEED)},
         **about,
     )
+
+
+def of_seeds(measure: Measure) -> np.ndarray:
+    """The value of every seed; of the drawn one first."""
+    return np.array([measure.trained, *measure.seeds.values()])
 
 
 def unmasked(setting: Setting, name: str, value: Callable[[Trace], float], subject: Subject | None = None) -> Measure:

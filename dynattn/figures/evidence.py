@@ -4,18 +4,26 @@ Both take what the model sees: a normalised image, as `trace(model, photograph).
 ours or of timm; a stage is an entry of its `feature_info`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
+import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dynattn import core
+from dynattn.data import normalise
 from dynattn.tracing import evaluating
 
+from .measures import others
+from .tables import ALL, NONE, OTHER, OWN, Row, table_of
+
 METHODS = ("hires", "grad")
+NEEDED = "class maps need the package grad-cam: pip install 'dynattn[vision]'"
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of all contribution: for these the side of a central square is told
 
 
@@ -38,12 +46,13 @@ def stage_of(model: nn.Module, stage: int) -> dict:
     return found[stage]
 
 
-def as_map(features: Tensor, channels: int, shape: tuple[int, int]) -> Float[Tensor, "B c h w"]:
+def as_map(features: Tensor, channels: int, shape: tuple[int, int], *, last: bool = True) -> Float[Tensor, "B c h w"]:
     """Features of a stage as a map of channels, from (B, h, w, c), (B, c, h, w), or tokens (B, n, c) with others first.
 
-    channels: c. shape: (h, w), which tokens need. Raises ValueError for features of another form.
+    channels: c. shape: (h, w), which tokens need. last: whether the channels come last where both could be, as of
+    (B, 32, 32, 32). Raises ValueError for features of another form.
     """
-    if features.ndim == 4 and features.shape[-1] == channels:
+    if features.ndim == 4 and features.shape[-1] == channels and (last or features.shape[1] != channels):
         return rearrange(features, "B h w c -> B c h w")
     if features.ndim == 4 and features.shape[1] == channels:
         return features
@@ -51,6 +60,21 @@ def as_map(features: Tensor, channels: int, shape: tuple[int, int]) -> Float[Ten
     if features.ndim == 3 and features.shape[-1] == channels and features.shape[1] >= h * w:
         return rearrange(features[:, -h * w :], "B (h w) c -> B c h w", h=h)
     raise ValueError(f"stage: expected a map of {channels} channels, got {tuple(features.shape)}")
+
+
+def channels_last(model: nn.Module, image: Float[Tensor, "C H W"], number: int) -> bool:
+    """Whether a stage hands on (B, h, w, c), where the shape alone does not tell.
+
+    `forward_intermediates` has channels first by its contract: what equals the stage's own output has them there too.
+    """
+    kept: list[Tensor] = []
+    hook = model.get_submodule(stages(model)[number]["module"]).register_forward_hook(
+        lambda *found: kept.append(found[2])
+    )
+    with torch.no_grad():
+        (features,) = model.forward_intermediates(image[None], indices=[number], intermediates_only=True)
+    hook.remove()
+    return not torch.equal(kept[0], features)
 
 
 def class_map(
@@ -65,35 +89,117 @@ def class_map(
     Raises TypeError, ValueError for wrong arguments, ImportError without the package grad-cam.
     Source: Selvaraju et al., 2017; Draelos and Carin, 2020; DeBiFormer section 4.5.
     """
+    core.one_of("method", method, METHODS)
+    stage_of(model, stage)
+    return class_maps(model, image, numbers=[stage], label=label, methods=[method])[method][0]
+
+
+def class_maps(
+    model: nn.Module,
+    image: Float[Tensor, "C H W"],
+    *,
+    numbers: Sequence[int] | None = None,
+    label: int | None = None,
+    methods: Sequence[str] = METHODS,
+) -> dict[str, list[Float[np.ndarray, "H W"]]]:
+    """The maps of several stages by several methods, from one pass: by method, in the order of the stages.
+
+    numbers: of the stages (None: all). Otherwise as `class_map`.
+    """
     try:
         from pytorch_grad_cam import GradCAM, HiResCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
-        raise ImportError("class maps need the package grad-cam: pip install 'dynattn[vision]'") from error
-    core.one_of("method", method, METHODS)
-    about, image = stage_of(model, stage), checked(image)
-    shape = tuple(-(-side // about["reduction"]) for side in image.shape[-2:])
+        raise ImportError(NEEDED) from error
+    image, count = checked(image), len(stages(model))
+    numbers = range(count) if numbers is None else [range(count)[number] for number in numbers]
+    about = [stage_of(model, number) for number in numbers]
+    shapes = [tuple(-(-side // stage["reduction"]) for side in image.shape[-2:]) for stage in about]
     kinds = {"hires": HiResCAM, "grad": GradCAM}
-    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     with evaluating(model), torch.enable_grad():
-        with kinds[method](
-            model=model,
-            target_layers=[model.get_submodule(about["module"])],
-            reshape_transform=lambda features: as_map(features, about["num_chs"], shape),
-        ) as cam:
+        last = [
+            stage["num_chs"] not in shape or channels_last(model, image, number)
+            for number, stage, shape in zip(numbers, about, shapes, strict=True)
+        ]
+        modules = [model.get_submodule(stage["module"]) for stage in about]
+        with ExitStack() as stack:
+            cams = {method: stack.enter_context(kinds[method](model, modules)) for method in methods}
             x = image[None].clone().requires_grad_()  # so that a model whose parameters are frozen has a graph
-            found = cam(x, None if label is None else [ClassifierOutputTarget(label)])[0]
-    for name, parameter in model.named_parameters():
-        parameter.grad = kept[name]
+            logits = model(x)[0]
+            label = int(logits.argmax()) if label is None else label
+            if not 0 <= label < len(logits):
+                raise ValueError(f"label: expected a class from 0 to {len(logits) - 1}, got {label}")
+            torch.autograd.grad(logits[label], x)  # the package keeps what arrives at the stages
+            found = {}
+            for method, cam in cams.items():
+                kept = cam.activations_and_grads
+                for part in (kept.activations, kept.gradients):
+                    part[:] = [
+                        as_map(features, stage["num_chs"], shape, last=at_end).clone()  # the package takes no views
+                        for features, stage, shape, at_end in zip(part, about, shapes, last, strict=True)
+                    ]
+                found[method] = [
+                    cam.aggregate_multi_layers([one])[0] for one in cam.compute_cam_per_layer(x, [], False)
+                ]
     return found
+
+
+def evaluate_maps(
+    model: nn.Module,
+    images: UInt8[np.ndarray, "n 3 H W"],
+    masks: Bool[np.ndarray, "n H W"],
+    labels: Int[np.ndarray, " n"] | None = None,
+    *,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """How well class maps find the object: a table (see `tables`) with a row for each stage, image and kind.
+
+    labels: the class of each map (None: the model's answer). The kinds are
+
+        hires, grad    share of the map on the object, by the method (`class_map`)
+        half           the smallest part of the image that holds half of the map by "hires"; needs no mask
+
+    All are 0 of a map that is zero everywhere.
+
+    Any model with stages will do. Raises ValueError where images and masks do not fit together.
+    """
+    if len(images) != len(masks) or len(images) < 2 or images.shape[-2:] != masks.shape[-2:]:
+        raise ValueError(f"masks: expected one for each of at least 2 images {images.shape}, got {masks.shape}")
+    masks = torch.from_numpy(np.array(masks))
+
+    def rows_of(i: int) -> Iterator[Row]:
+        image = normalise(torch.from_numpy(np.array(images[i])))
+        nulls = {OWN: masks[i].float().numpy(), OTHER: others(masks, i).numpy()}
+        found = class_maps(model, image, label=None if labels is None else int(labels[i]))
+        for stage, hires, grad in zip(stages(model), found["hires"], found["grad"], strict=True):
+            for kind, values in {"hires": hires, "grad": grad}.items():
+                for mask, where in nulls.items():
+                    yield Row(stage["module"], ALL, mask, kind, share_under(values, where))
+            yield Row(stage["module"], ALL, NONE, "half", half(hires))
+        if bar is not None:
+            bar.update()
+
+    return table_of(rows_of(i) for i in range(len(images)))
+
+
+def share_under(values: Float[np.ndarray, "H W"], mask: Float[np.ndarray, "H W"]) -> float:
+    """Share of a map that lies under a mask; 0 of a map that is zero everywhere."""
+    total = values.sum(dtype=np.float64)
+    return float((values * mask).sum(dtype=np.float64) / total) if total else 0.0
+
+
+def half(values: Float[np.ndarray, "H W"]) -> float:
+    """The smallest part of the pixels that holds half of a map; 0 of a map that is zero everywhere."""
+    largest = np.sort(values, axis=None)[::-1].cumsum(dtype=np.float64)
+    return float((np.searchsorted(largest, largest[-1] / 2) + 1) / values.size) if largest[-1] else 0.0
 
 
 def receptive_field(
     model: nn.Module, images: Iterable[Float[Tensor, "C H W"]], *, stage: int = -1
 ) -> Float[np.ndarray, "H W"]:
-    """How much each pixel contributes to the central cell of a stage's map, the mean over images (RepLKNet's rule).
+    """How much each pixel contributes to the centre of a stage's map, the mean over images (RepLKNet's rule).
 
-    The slope of the sum of the cell's positive features, where positive, summed over the channels of the image.
+    The slope of the sum of the centre's positive features, where positive, summed over the channels of the image. The
+    centre is the central cell; along a side of even length it is two, so that it is the centre of the image always.
     images: what the model sees, normalised, all of one size. Raises TypeError, ValueError for wrong arguments.
     Source: Luo et al., 2016; Ding et al., 2022; DeBiFormer figure 5.
     """
@@ -105,7 +211,8 @@ def receptive_field(
             x = checked(image)[None].clone().requires_grad_()
             (features,) = model.forward_intermediates(x, indices=[number], intermediates_only=True)
             h, w = features.shape[-2:]
-            (slope,) = torch.autograd.grad(features[0, :, h // 2, w // 2].relu().sum(), x)
+            centre = features[0, :, (h - 1) // 2 : h // 2 + 1, (w - 1) // 2 : w // 2 + 1]
+            (slope,) = torch.autograd.grad(centre.relu().sum(), x)
             field = slope[0].relu().sum(dim=0).double()
             total, count = field if total is None else total + field, count + 1
     if total is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from dynattn.tracing import trace
 
 from . import recorded
 from .subjects import (
+    RANDOM,
     SEED,
     Picture,
     Subject,
@@ -58,17 +60,22 @@ class Plan:
     draw: Callable[["Setting"], Drawing]
     networks: Callable[["Setting"], dict[str, int]]
     compares: str = ""  # checkpoints whose names begin so, on many images; it is left out where there are none of them
+    package: str = ""  # that it imports and that not every installation has; it is left out where there is none
+    advice: str = ""  # how to get the package
 
     def subjects(self) -> list[Subject]:
         """The models that it compares."""
         names = [name for name in weights.available() if name.startswith(self.compares)]
         return [load_subject(weights.path(name)) for name in names if self.compares]
 
-    def lacks(self) -> str:
-        """What it needs and does not find; empty where there is nothing."""
+    def lacks(self) -> Exception | None:
+        """What it needs and does not find, as the error to raise; None where there is nothing."""
+        if self.package and find_spec(self.package) is None:
+            return ImportError(f"needs a package that is not installed; {self.advice}")
         if not self.compares or any(name.startswith(self.compares) for name in weights.available()):
-            return ""
-        return f"needs checkpoints {self.compares}*.safetensors, and none is found{weights.missing()}"
+            return None
+        missing = weights.missing()
+        return FileNotFoundError(f"needs checkpoints {self.compares}*.safetensors, and none is found{missing}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class Paper:
     twins: Callable[["Setting"], dict[str, nn.Module]]
     random: tuple[str, ...]
     plans: dict[int | str, Plan]
+
+
+def unique(subject: Subject, network: str) -> str:
+    """The name of one of a model's networks among those of several models."""
+    return network if network == subject.name else f"{subject.name}, {network}"
 
 
 @dataclass
@@ -149,6 +161,15 @@ class Setting:
         """A random network like `subject`."""
         return random_twin(subject, self.seed, self.few, **changes)
 
+    def beside(self, names: Sequence[str]) -> list[Subject]:
+        """The subject and, if it is the one that the paper ships, those of these names; any other stands alone."""
+        ships = self.subject.shipped and self.subject.name == self.paper.shipped
+        return [self.subject, *(load_subject(name=name) for name in names if ships)]
+
+    def networks(self, subject: Subject) -> dict[str, nn.Module]:
+        """A model under its name, those of other seeds, and a random one."""
+        return {subject.name: subject.model} | self.seeds_of(subject) | {RANDOM: self.twin(subject)}
+
     @cached_property
     def twins(self) -> dict[str, nn.Module]:
         """Random networks like the subject."""
@@ -157,9 +178,13 @@ class Setting:
     @cached_property
     def other_seeds(self) -> dict[str, nn.Module]:
         """The networks that are kept beside the subject's, trained as it was from other seeds."""
-        names = [name for name in weights.available() if name.startswith(f"{self.subject.name}_seed")]
-        found = [load_subject(weights.path(name)) for name in names if self.subject.shipped]
-        return {f"{SEED}{subject.story['seed']}": subject.model for subject in found}
+        return self.seeds_of(self.subject)
+
+    def seeds_of(self, subject: Subject) -> dict[str, nn.Module]:
+        """The same of any model; there are none beside a checkpoint of the user's."""
+        names = [name for name in weights.available() if name.startswith(f"{subject.name}_seed")]
+        found = [load_subject(weights.path(name)) for name in names if subject.shipped]
+        return {f"{SEED}{other.story['seed']}": other.model for other in found}
 
     def evaluation(self, network: str, model: nn.Module, count: int | None = None, **options) -> pd.DataFrame:
         """The paper's table of a network on the first `count` test images, once for each name of a network."""

@@ -5,7 +5,7 @@ that it stands out from any photograph. Sizes are in inches and points of a shee
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PatchCollection
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -24,20 +24,28 @@ from .tables import Measure
 ORANGE, BLUE, RED, INK, GREY, PAPER = "#F28E00", "#38A8F0", "#E8112D", "#222222", "#555555", "white"
 GREEN, YELLOW, PURPLE, NAVY, RUST = "#00B07C", "#F0E442", "#CC79A7", "#0072B2", "#A8480A"
 GROUPS = (ORANGE, BLUE, GREEN, YELLOW, PURPLE, NAVY, RUST, INK)  # of queries, or of offsets
+HEAT = LinearSegmentedColormap.from_list("heat", ["#8B0A1E00", "#E8112D99", "#F28E00D0", "#F0E442E0"])
+FIELD = LinearSegmentedColormap.from_list("field", ["#0B0B1E", "#27306E", "#2F7FB8", "#7FD0C6", "#FCF7C8"])
 WIDTH = 12.0
 DPI = 160
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
 GAP, EDGE, KEY, PLOT, MEASURE = 0.1, 0.2, 0.5, 1.75, 0.26  # inches: between panels, at the rim; height of the rest
+LINE = 0.235  # inches: height of a line of a table
+DECADES = 4  # of a receptive field, from white to black
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure, its rows x columns panels, the plots under them, and how high its key stands (share of the height)."""
+    """A figure, its rows x columns panels, the plots and the table under them, and how high its key stands.
+
+    key_height: as a share of the height.
+    """
 
     figure: Figure
     panels: np.ndarray
     plots: list[Axes]
     key_height: float
+    table: Axes | None = None
 
 
 def sheet(
@@ -53,12 +61,13 @@ def sheet(
     together: int = 1,
     gap: float = GAP,
     plots: int = 0,
+    lines: int = 0,
 ) -> Sheet:
-    """A sheet, from top to bottom: title, column labels, rows x columns empty panels, plots, key, measures, caption.
+    """A sheet: title, column labels, rows x columns empty panels, plots, key, table, measures, caption, from the top.
 
     measures: drawn as `compare` draws them. aspect: a panel's height over its width. together: so many columns stand
     close, counted from the right, apart from the next. gap: between panels. plots: as wide as all panels; their x is
-    the number of the column.
+    the number of the column. lines: of the table.
     """
     wrapped = textwrap.wrap(caption, 138, break_on_hyphens=False)
     left = 1.2 if plots else 0.7 if row_labels else EDGE
@@ -71,7 +80,8 @@ def sheet(
     y = (0.7 + 0.35 * bool(column_labels)) + np.arange(rows) * (panel * aspect + gap)
     plots_at = y[-1] + panel * aspect + 0.15 * bool(plots)
     key_at = plots_at + plots * PLOT
-    measures_at = key_at + KEY
+    table_at = key_at + KEY + 0.15 * bool(lines)
+    measures_at = table_at + LINE * lines + 0.15 * bool(lines)
     caption_at = measures_at + bool(measures) * (0.62 + MEASURE * len(measures))
     height = caption_at + 0.205 * len(wrapped) + EDGE
 
@@ -103,7 +113,8 @@ def sheet(
         plot.yaxis.set_label_coords(-0.55 / width, 0.5)
     if measures:
         compare(axes(4.6, measures_at + 0.3, WIDTH - 4.6 - 4 * EDGE, MEASURE * len(measures)), measures)
-    return Sheet(figure, panels, lower, 1 - (key_at + 0.5 * KEY - 0.03) / height)
+    below = axes(EDGE, table_at, WIDTH - 2 * EDGE, LINE * lines) if lines else None
+    return Sheet(figure, panels, lower, 1 - (key_at + 0.5 * KEY - 0.03) / height, below)
 
 
 def compare(ax: Axes, measures: Sequence[Measure]) -> None:
@@ -143,13 +154,13 @@ def compare(ax: Axes, measures: Sequence[Measure]) -> None:
     ax.legend([marks[kind] for kind in kinds], kinds, fontsize=SMALL + 1, handletextpad=0.2, **place)
 
 
-def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]]) -> None:
-    """What the marks mean, in one line between panels and caption."""
+def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]], *, centre: float = 0.5) -> None:
+    """What the marks mean, in one line between panels and caption; centre: of the line, as a share of the width."""
     sheet.figure.legend(
         [mark for mark, _ in marks],
         [text for _, text in marks],
         loc="center",
-        bbox_to_anchor=(0.5, sheet.key_height),
+        bbox_to_anchor=(centre, sheet.key_height),
         ncols=len(marks),
         frameon=False,
         fontsize=SMALL + 1.5,
@@ -329,3 +340,62 @@ def edge_mark() -> Line2D:
 def window_mark() -> Line2D:
     """The mark of `window` for `key`."""
     return Line2D([], [], color=INK, linewidth=1.7, linestyle=(0, (4, 2.5)))
+
+
+def heat(ax: Axes, values: Float[np.ndarray, "H W"]) -> None:
+    """A map from 0 to 1 over the photograph, below the object's outline: clear where it is 0, then red to yellow."""
+    H, W = values.shape
+    colours = HEAT(values**0.7)  # most of a map is far below its largest value
+    ax.imshow(colours, extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="bilinear", zorder=1.5)
+
+
+def contributions(ax: Axes, field: Float[np.ndarray, "H W"]) -> None:
+    """A receptive field, in decades of its largest value."""
+    largest = field.max() or 1.0
+    decades = np.log10(np.maximum(field / largest, 10.0**-DECADES))
+    ax.imshow(decades, cmap=FIELD, vmin=-DECADES, vmax=0, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def central_square(ax: Axes, side: float, shape: tuple[int, int], dashes: object) -> None:
+    """The edge of a square around the centre; side: over that of the image."""
+    H, W = shape
+    corner, size = ((W - 1 - side * W) / 2, (H - 1 - side * H) / 2), (side * W, side * H)
+    for width, colour, style in ((2.6, INK, "-"), (1.4, PAPER, dashes)):
+        ax.add_patch(Rectangle(corner, *size, fill=False, linewidth=width, edgecolor=colour, linestyle=style, zorder=3))
+
+
+def square_mark(dashes: object) -> Line2D:
+    """The mark of `central_square` for `key`."""
+    return Line2D([], [], color=INK, linewidth=1.7, linestyle=dashes)
+
+
+def scale(
+    sheet: Sheet, colours: Colormap, labels: Sequence[str], text: str, *, left: float, width: float = 2.0
+) -> None:
+    """A bar of colours where the key stands, with labels from its start to its end; left, width: inches."""
+    figure_height = sheet.figure.get_size_inches()[1]
+    place = [left / WIDTH, sheet.key_height - 0.065 / figure_height, width / WIDTH, 0.13 / figure_height]
+    ax = sheet.figure.add_axes(place, facecolor="#8A8A8A")
+    ax.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=colours, extent=(0, 1, 0, 1))
+    ax.set_yticks([])
+    ax.set_xticks(np.linspace(0, 1, len(labels)), labels, fontsize=SMALL, color=INK)
+    ax.tick_params(length=0, pad=2)
+    ax.spines[:].set_visible(False)
+    ax.annotate(text, (0, 0.5), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=SMALL + 1.5)
+
+
+def table(ax: Axes, rows: Sequence[Sequence[str]], left: Sequence[float], bold: Collection[tuple[int, int]]) -> None:
+    """Rows of words: the first two are heads, with a line below. left: of each column, as a share of the width.
+
+    A column that starts with a share is left-aligned if it is the first or second, else centred on it.
+    """
+    ax.set(xlim=(0, 1), ylim=(len(rows), 0))
+    ax.axis("off")
+    for i, row in enumerate(rows):
+        for j, (x, text) in enumerate(zip(left, row, strict=True)):
+            weight = "bold" if (i, j) in bold else "normal"
+            place = dict(ha="left" if j < 2 else "center", va="center", fontsize=SMALL + 1, color=INK)
+            ax.text(x, i + 0.5, text, weight=weight, **place)
+    ax.axhline(2, color=GREY, linewidth=0.8)

@@ -89,12 +89,13 @@ def random_twin(subject: Subject, seed: int, images: UInt8[np.ndarray, "n 3 H W"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: what the model sees, what is shown, and where the object is (None where nobody knows)."""
+    """One picture: what the model sees, what is shown, where the object is and its class (None where nobody knows)."""
 
     name: str
     x: Float[Tensor, "3 H W"]
     shown: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None = None
+    label: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,7 +113,7 @@ def test_picture(index: int, size: tuple[int, int]) -> Picture:
     seen, label, _ = Shapes("easy", "test", max(size), TEST_COUNT)[index]
     shown, _, mask = Shapes("easy", "test", SHARP, TEST_COUNT)[index]
     shown = shown.movedim(0, -1).numpy()
-    return Picture(f"test image {index} ({CLASSES[label]})", to_input(seen, size)[0], shown, mask.numpy())
+    return Picture(f"test image {index} ({CLASSES[label]})", to_input(seen, size)[0], shown, mask.numpy(), label)
 
 
 def sample_picture(name: str, size: tuple[int, int]) -> Picture:

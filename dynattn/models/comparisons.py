@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from einops import rearrange
 from jaxtyping import Float
 from timm.models._input import update_model_input_size  # private, but what timm's own models call
+from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -144,6 +145,69 @@ class MiniViT(VisionTransformer):
         return super()._pos_embed(x).reshape(x.shape)
 
 
+class ChannelsFirstStem(ConvStem):
+    """A `ConvStem` from and to channels-first maps."""
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B out h w"]:
+        return rearrange(super().forward(rearrange(x, "B C H W -> B H W C")), "B h w C -> B C h w")
+
+
+class AfterLocalConvChannelsFirst(AfterLocalConv):
+    """The same for a block that takes channels first, (B, C, H, W)."""
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return self.block(rearrange(self.local(rearrange(x, "B C H W -> B H W C")), "B H W C -> B C H W"))
+
+
+class MiniConvNeXt(ConvNeXt):
+    """timm's ConvNeXt (arXiv 2201.03545) in three stages, as wide as `swin_mini`, with the same convolutions around it.
+
+    Strides 4, 8, 16. It has half as many blocks again as `swin_mini`, as ConvNeXt-T has of Swin-T: their parameters
+    are about as many. The runs are short: there is no scale of the layers that starts near zero, and convolutions start
+    as torch's do, because of timm's smaller weights a step of Adam changes too large a part. Any image size is accepted
+    at run time.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 128,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        *,
+        dims: Sequence[int] = (32, 64, 128),
+        depths: Sequence[int] = (3, 6, 6),
+        **kw,
+    ):
+        img_size, count = core.pair("img_size", img_size), check_stages(depths, dims=dims)
+        if count != 3:
+            raise ValueError(f"depths: expected the number of blocks of 3 stages, got {depths!r}")
+        size = dict(dims=(*dims, dims[-1]), depths=(*depths, 0), drop_path_rate=0.05, ls_init_value=None)
+        super().__init__(in_chans, num_classes, **(size | kw))
+        self.stages, self.feature_info = self.stages[:count], self.feature_info[:count]  # timm makes four
+        for module in self.stages.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+        self.stem = ChannelsFirstStem(in_chans, dims[0])
+        for stage, dim in zip(self.stages, dims, strict=True):
+            stage.blocks = nn.Sequential(*(AfterLocalConvChannelsFirst(dim, block) for block in stage.blocks))
+        self.img_size = img_size
+
+    @classmethod
+    def configuration(cls, img_size: int | tuple[int, int], **options) -> dict:
+        """What timm wants to know of a model before it is made."""
+        pool_size = tuple(-(-side // 4) // 4 for side in core.pair("img_size", img_size))
+        return dict(pool_size=pool_size, first_conv="stem.convs.0.0", classifier="head.fc")
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """The size that images are brought to; no parameter depends on it."""
+        self.img_size = core.pair("img_size", img_size)
+        update_model_input_size(self, self.img_size)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing besides what has one dimension."""
+        return set()
+
+
 class GroupedSwin(GroupedModel, SwinTransformer):
     """timm's Swin-T with dynamic group attention and CPE in the place of windows and their bias (DGT, Table 5).
 
@@ -240,5 +304,6 @@ class CSWin(GroupedModel, Backbone):
 
 register_model("swin_mini", MiniSwin)
 register_model("vit_mini", MiniViT)
+register_model("convnext_mini", MiniConvNeXt)
 register_model("swin_tiny_dgt", GroupedSwin)
 register_model("cswin_tiny", CSWin)

@@ -23,4 +23,4 @@ cost.register(
     ),
 )
 
-register_recipe("biformer_mini", Recipe("biformer_mini"), seeds=[0])
+register_recipe("biformer_mini", Recipe("biformer_mini"), seeds=[0, 1, 2])

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dynattn import cost
+from dynattn import cost, figures
 from dynattn.cost import Row
+from dynattn.figures.debiformer import PAPER
 from dynattn.models.debiformer import TABLE_5, TABLE_7, table_7
 from dynattn.training import Recipe, register_recipe
 
@@ -54,4 +55,6 @@ cost.register(
     ),
 )
 
-register_recipe("debiformer_mini", Recipe("debiformer_mini"), seeds=[0])
+register_recipe("debiformer_mini", Recipe("debiformer_mini"), seeds=[0, 1])
+
+figures.register("debiformer", PAPER)
