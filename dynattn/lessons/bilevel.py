@@ -18,7 +18,7 @@ from dynattn import core, weights
 from dynattn.data import Shapes, normalise
 from dynattn.figures import style
 from dynattn.figures.drawing import ground
-from dynattn.figures.evidence import class_map
+from dynattn.figures.evidence import class_map, share_under
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
 from dynattn.lessons.notebook import HEAT, numbered, panels, show
@@ -374,9 +374,8 @@ def measured(model: nn.Module) -> dict[str, float]:
         routes = [one for record in trace(model, x) if (one := record.region_routes()) is not None]
         routes = [one for one in routes if len(one.routes[0]) < len(one.routes)]
         found = class_map(model, x, label=label)
-        found = found / max(found.sum(), 1e-12)
         of_routes = np.array([on_object(one, masks[i]) for one in routes]).mean(axis=0)
-        rows.append((*of_routes, (found * masks[i]).sum(), (found * other).sum()))
+        rows.append((*of_routes, share_under(found, masks[i]), share_under(found, other)))
     return dict(zip(("on", "off", "own", "other"), np.nanmean(rows, axis=0).tolist(), strict=True))
 
 

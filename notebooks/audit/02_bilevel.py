@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynattn
 from dynattn import core, cost, ops, verify
 from dynattn.bench import routed as bench
-from dynattn.figures.evidence import class_map, contribution, receptive_field
+from dynattn.figures.evidence import class_map, contribution, receptive_field, share_under
 from dynattn.figures.subjects import test_picture
 from dynattn.kernels.routed import readable_first
 from dynattn.lessons import agree, begin, normal, rearrange, say, source, table
@@ -422,7 +422,7 @@ for name in ("biformer_mini", "debiformer_mini"):
     mask = test_picture(22, (128, 128)).mask[::4, ::4]
     for method in ("hires", "grad"):
         maps = [class_map(network, picture.x, stage=stage, method=method) for stage in range(3)]
-        rows.append((f"`{name}`", method, *(f"{(one * mask).sum() / max(one.sum(), 1e-9):.0%}" for one in maps)))
+        rows.append((f"`{name}`", method, *(f"{share_under(one, mask):.0%}" for one in maps)))
 table(("", "method", "class map of stage 1 on the object", "stage 2", "stage 3"), rows)
 say(f"The object covers {mask.mean():.0%} of the image.")
 
