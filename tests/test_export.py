@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
+MODELS_OF_PAPERS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini"]
 
 MODELS = """
     import io, os, sys, warnings
@@ -21,8 +22,11 @@ MODELS = """
     DAT = TINY | dict(dims=(8, 16), depths=(2, 2), heads=(2, 2), groups=(1, 2), deformable_stages=(2,), window=4,
                       strides=(2, 1), kernels=(3, 3))
     DGT = TINY | dict(dims=(8, 16), depths=(1, 1), heads=(2, 2), groups=3, keys=5, head_dim=8)
+    ROUTED = TINY | dict(dims=(8, 16), depths=(2, 2), heads=(2, 2), regions=3, topk=(2, 4))
+    SMALL = dict(dat_mini=DAT, dgt_mini=DGT, biformer_mini=ROUTED | dict(topk=(2,)),
+                 debiformer_mini=ROUTED | dict(groups=(1, 2), agent_topk=(2, 4), strides=(2, 1), kernels=(3, 3)))
     def model(name):
-        return dynattn.create_model(name, **{"dat_mini": DAT, "dgt_mini": DGT}.get(name, TINY)).eval()
+        return dynattn.create_model(name, **SMALL.get(name, TINY)).eval()
     def image(*shape):
         return torch.rand(shape[0], 3, *shape[1:])
     def same(one, other):
@@ -54,7 +58,7 @@ LOAD = """
 """
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+@pytest.mark.parametrize("name", MODELS_OF_PAPERS)
 def test_an_exported_model_takes_any_batch_and_needs_no_package(name, tmp_path):
     """torch.export: "auto" is the torch form in what is exported; the file is read by a process without dynattn."""
     run(f"""
@@ -80,7 +84,7 @@ def test_an_exported_model_takes_any_size(name):
     """)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", "swin_mini", "vit_mini"])
+@pytest.mark.parametrize("name", [*MODELS_OF_PAPERS, "swin_mini", "vit_mini"])
 def test_an_onnx_file_takes_any_batch(name, tmp_path):
     """torch.onnx.export: onnxruntime answers as torch does."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
@@ -100,7 +104,7 @@ def test_an_onnx_file_takes_any_batch(name, tmp_path):
     """)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini"])
+@pytest.mark.parametrize("name", MODELS_OF_PAPERS)
 def test_a_traced_model_takes_any_batch(name):
     """torch.jit.trace, saved and read again."""
     run(f"""
