@@ -454,24 +454,26 @@ class Regions:
         """A row-major map with zeros where there is padding."""
         return pad_map(rearrange(x, "B h (H W) d -> B h H W d", H=self.shape[0]), self.padding)
 
-    def windows(self, x: Num[Tensor, "B h Hp Wp d"]) -> Num[Tensor, "B h I J d hi wi"]:
+    def windows(self, x: Num[Tensor, "B h Hp Wp d"]) -> Num[Tensor, "B h I J hi wi d"]:
         """A view of the regions of a padded map."""
-        return x.unfold(2, self.side[0], self.side[0]).unfold(3, self.side[1], self.side[1])
+        windows = x.unfold(2, self.side[0], self.side[0]).unfold(3, self.side[1], self.side[1])
+        return rearrange(windows, "B h I J d hi wi -> B h I J hi wi d")
 
     def cut(self, x: Num[Tensor, "B h L d"]) -> Num[Tensor, "B h R T d"]:
         """The tokens of every region of a row-major map, zeros where there is padding."""
         x = self.padded(x)
         if exporting():  # in a graph for any size torch cannot see that the sides are whole multiples
-            return rearrange(self.windows(x), "B h I J d hi wi -> B h (I J) (hi wi) d")
+            return rearrange(self.windows(x), "B h I J hi wi d -> B h (I J) (hi wi) d")
         hi, wi = self.side
         return rearrange(x, "B h (I hi) (J wi) d -> B h (I J) (hi wi) d", hi=hi, wi=wi)
 
     def means(self, x: Float[Tensor, "B h L d"]) -> Float[Tensor, "B h R d"]:
         """The mean token of every region of a row-major map, in float32 at least; padding does not count."""
-        sums = self.windows(self.padded(x)).sum(dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
+        windows = self.windows(self.padded(x))
+        rows = windows.sum(dim=-2, dtype=torch.promote_types(x.dtype, torch.float32))  # both sides at once is slow
         inside = self.inside(x)
         count = self.side[0] * self.side[1] if inside is None else inside.sum(dim=1)[:, None]
-        return rearrange(sums, "B h I J d -> B h (I J) d") / count
+        return rearrange(rows.sum(dim=-2), "B h I J d -> B h (I J) d") / count
 
     def cells(self, device: torch.device) -> Int[Tensor, "R T"]:
         """Which cell of the row-major map every token of every region is; 0 where there is padding."""

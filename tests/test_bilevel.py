@@ -487,3 +487,20 @@ def test_a_compiled_graph_looks_at_the_values(impl, unchecked):
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):
             compiled(q, k, v, wrong, mask)
+
+
+@pytest.mark.parametrize("d", [16, 20, 32])
+@pytest.mark.parametrize("Tq", [1, 4, 5])
+def test_few_queries_of_a_region_meet_several_key_blocks(Tq, d):
+    """Up to four have the keys in the lanes; the logits of the later blocks are larger, and some keys are masked."""
+    q, k, v = normal(2, 2, 3, Tq, d), normal(2, 2, 5, 61, d), normal(2, 2, 5, 61, d)
+    k = k * torch.arange(1, 6).reshape(5, 1, 1)
+    routes = torch.arange(4).expand(2, 3, 4)
+    mask = torch.rand(2, 5, 61) < 0.8
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found, expected = [], []
+    for impl, answers in (("numba", found), ("torch", expected)):
+        z = ops.routed_attention(*inputs, routes, key_mask=mask, impl=impl)
+        answers += [z, *torch.autograd.grad(z.square().sum(), inputs)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -16,19 +16,25 @@ from dynattn.kernels.indices_numba import distinct_rows
 from dynattn.kernels.simd import (
     LANES,
     compiled,
+    exp2,
     lanes_of,
+    largest,
     load,
+    maximum,
     multiply,
     multiply_add,
     padded,
     prefetch,
     product,
+    ramp,
     store,
+    total,
     transpose,
 )
 from dynattn.kernels.threads import as_arrays, in_parallel, working_dtype
-from dynattn.kernels.tiles_numba import LOG2E, add_block, slopes_of_logits
+from dynattn.kernels.tiles_numba import LOG2E, LOWEST, add_block, slopes_of_logits
 
+FEW = 4  # queries of a block, for which it pays to have the keys in the lanes
 QUERIES, KEYS = 64, 104  # of a query block, of a key block: most groups are one, and the paper's 98 keys are one
 ROOM = QUERIES + LANES  # numbers in a row of logits: a power of two would use few sets of the cache
 
@@ -72,6 +78,37 @@ def give(block, factors, matrix, numbers):
 
 
 @compiled
+def few_read(q_rows, keys, values, numbers, turned, scores, row_max, row_sum, accumulator, first):
+    """Let a few queries (count, d) read a key block, a key in each lane: accumulator (count, d) grows.
+
+    In `tiles_numba.add_block` a query has a lane, and most of these would be idle.
+    """
+    lanes, block, wide = lanes_of(scores), numbers.size, padded(numbers.size)
+    transpose((keys, numbers), turned.dtype.type(1), turned)
+    multiply(q_rows, turned[:, :wide], scores[: q_rows.shape[0], :wide])
+    for t in range(q_rows.shape[0]):
+        scores[t, block:wide] = LOWEST
+        top = load(scores, (t, 0))
+        for a in range(lanes, wide, lanes):
+            top = maximum(top, load(scores, (t, a)))
+        new = largest(top) if first else max(row_max[t], largest(top))
+        sums = ramp(scores, 0, 0)
+        for a in range(0, wide, lanes):
+            weights = exp2(load(scores, (t, a)) - new)
+            store(scores, (t, a), weights)
+            sums = sums + weights
+        if first:
+            row_sum[t] = total(sums)
+        else:
+            factor = np.exp2(row_max[t] - new)
+            row_sum[t] = row_sum[t] * factor + total(sums)
+            for c in range(0, accumulator.shape[1], lanes):
+                store(accumulator, (t, c), load(accumulator, (t, c)) * factor)
+        row_max[t] = new
+    product(scores[: q_rows.shape[0], :block], (values, numbers), accumulator, not first)
+
+
+@compiled
 def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, statistics):
     """Heads begin to end - 1 of all (batch, head): out, and row maximum and row sum of each softmax.
 
@@ -86,6 +123,7 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, st
         np.zeros((KEYS, D), dtype),
         np.empty((QUERIES, D), dtype),
     )
+    turned, scores_of_few = np.empty((D, padded(KEYS)), dtype), np.empty((FEW, padded(KEYS)), dtype)
     row_max, row_sum, rescale = np.empty(QUERIES, dtype), np.empty(QUERIES, dtype), np.empty(QUERIES, dtype)
     for item in range(begin, end):
         b, m = divmod(item, h)
@@ -97,7 +135,12 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, st
             for t0 in range(first[j], first[j + 1], QUERIES):
                 query_block = order[t0 : min(t0 + QUERIES, first[j + 1])]
                 count, T = query_block.size, padded(query_block.size)
-                if d == D:
+                few = count <= FEW and d == D
+                if few:
+                    for t in range(count):
+                        for c in range(d):
+                            q_rows[t, c] = queries[query_block[t], c] * to_logits
+                elif d == D:
                     transpose((queries, query_block), to_logits, q_block)
                 else:
                     take(queries, query_block, q_rows)
@@ -105,6 +148,10 @@ def forward_heads(begin, end, q, k, v, groups, selected, lengths, scale, out, st
                 for a in range(0, lengths[b, m, j], KEYS):
                     key_block = selected[b, m, j, a : min(a + KEYS, lengths[b, m, j])]
                     block, sums = key_block.size, (row_max, row_sum, rescale, accumulator)
+                    if few:
+                        sums_of_few = row_max, row_sum, accumulator[:count]
+                        few_read(q_rows[:count], keys, values, key_block, turned, scores_of_few, *sums_of_few, a == 0)
+                        continue
                     multiply((keys, key_block), q_block[:d], scores[:block, :T])
                     if d == D:
                         add_block(scores, block, count, (values, key_block), *sums, a == 0)

@@ -283,9 +283,8 @@ def _precise(typing, vector):
     return types.boolean(vector), lambda context, builder, sig, values: ir.Constant(ir.IntType(1), int(double))
 
 
-@intrinsic
-def total(typing, vector):
-    """The sum of a vector's numbers, by halves."""
+def _by_halves(vector: Vector, join: Callable) -> tuple:
+    """What an intrinsic is that makes one number of a vector: join(builder, x, y) of its halves, and so on."""
 
     def generate(context, builder, sig, values):
         value, lanes = values[0], vector.lanes
@@ -293,10 +292,22 @@ def total(typing, vector):
             lanes //= 2
             index = lambda numbers: ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(numbers))  # noqa: E731, B023
             low, high = (builder.shuffle_vector(value, value, index(range(s, s + lanes))) for s in (0, lanes))
-            value = builder.fadd(low, high)
+            value = join(builder, low, high)
         return builder.extract_element(value, ir.IntType(32)(0))
 
     return vector.dtype(vector), generate
+
+
+@intrinsic
+def total(typing, vector):
+    """The sum of a vector's numbers."""
+    return _by_halves(vector, lambda builder, x, y: builder.fadd(x, y))
+
+
+@intrinsic
+def largest(typing, vector):
+    """The largest of a vector's numbers."""
+    return _by_halves(vector, lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), y, x))
 
 
 SERIES = tuple(log(2) ** n / factorial(n) for n in range(14))  # of 2^y; the next term is below half a last digit

@@ -53,7 +53,8 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         x = rearrange(self.expand(x), "B H W C -> B C H W")
-        return self.reduce(rearrange(F.gelu(x + self.depthwise(x)), "B C H W -> B H W C"))
+        x = self.depthwise(x).add_(x)  # in place: the widest map of a block is not made a third time
+        return self.reduce(rearrange(F.gelu(x), "B C H W -> B H W C"))
 
 
 class OffsetNetwork(nn.Module):
