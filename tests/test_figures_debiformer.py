@@ -86,7 +86,7 @@ def test_the_order_of_the_fields_is_told_with_its_changes():
     said = fields.orders(["A", "B", "C"], sides(same | {(False, 0): (0.3, 0.4, 0.5), (False, 1): (0.3, 0.4, 0.5)}))
     assert "changes with training (" in said
     said = fields.orders(["A", "B", "C"], sides(same | {(True, 0): (0.5, 0.51, 0.3)}))
-    assert "changes with the size of the image and with training (trained: B = A > C;" in said
+    assert "changes with the size of the image and with training (trained: A = B > C;" in said
     assert "A is first in 3 of 4" in said
 
 
@@ -158,7 +158,7 @@ def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
     names = [one["name"] for one in fifth["measures"]]
     assert len(names) == 4 * 2 * 4 and names[0] == "side of the square with 20 %, DeBiFormer, 64 × 64"
     assert names[-1] == "side of the square with 99 %, ConvNeXt, 128 × 128" and fifth["measures"][0]["n"] == 3
-    assert "of DeBiFormer, BiFormer the mean of 2 seeds" in fifth["caption"] and "is first in" in fifth["caption"]
+    assert "of DeBiFormer and BiFormer the mean of 2 seeds" in fifth["caption"] and "is first in" in fifth["caption"]
     assert not set(fifth["networks"]) & {"swin_mini", "biformer_mini"}  # of these other things are recorded
     assert len(fifth["images"]) == 3 and len(fifth["weights"]) == 4
 

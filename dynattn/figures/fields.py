@@ -193,10 +193,13 @@ def orders(names: Sequence[str], sides: Sides) -> str:
 def ranked(names: Sequence[str], values: Sequence[float]) -> str:
     """The names by their values, the largest first; equal is what is less than `APART` below the one before."""
     order = np.argsort(-np.array(values), kind="stable")
-    text = names[order[0]]
+    groups = [[order[0]]]
     for before, s in pairwise(order):
-        text += f" {'=' if values[before] - values[s] < APART else '>'} {names[s]}"
-    return text
+        if values[before] - values[s] < APART:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return " > ".join(" = ".join(names[s] for s in sorted(group)) for group in groups)
 
 
 def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
@@ -205,7 +208,7 @@ def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
     several = [name for name, count in counts.items() if count > 1]
     if not several:
         return "one seed of each model"
-    return f"of {', '.join(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
+    return f"of {' and '.join(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
 
 
 def write_table(ax: Axes, names: Sequence[str], labels: Sequence[str], sides: Sides) -> None:
