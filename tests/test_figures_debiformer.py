@@ -48,7 +48,8 @@ def measured(name: str, *values: float) -> Measure:
         ((0.50, 0.52, 0.51), (0.7, 0.72, 0.71), "stage 1: 0.51 against 0.71, -0.20 ± 0.01, it is the wrong way round"),
         ((0.5, 0.7, 0.6), (0.5, 0.6, 0.7), "stage 1: 0.60 against 0.60, +0.00 ± 0.08, it is undecided"),
         ((0.5, 0.7, 0.9), (0.5, 0.6, 0.55), "stage 1: 0.70 against 0.55, +0.15 ± 0.12, it is undecided"),
-        ((0.9,), (0.5, 0.6, 0.7), "one seed each, which decides nothing"),
+        ((0.9,), (0.5, 0.6, 0.7), "stage 1: 0.90 against 0.60, of one seed, which decides nothing"),
+        ((0.08, 0.08), (0.02, 0.02), "stage 1: 0.08 against 0.02, both no more than another image's mask would have"),
     ],
 )
 def test_the_claim_is_judged_over_the_seeds(ours, other, said):
@@ -84,7 +85,7 @@ def test_the_order_of_the_fields_is_told_with_its_changes():
     assert "changes with the size of the image (" in said and "A is first in 2 of 4" in said
     said = fields.orders(["A", "B", "C"], sides(same | {(False, 0): (0.3, 0.4, 0.5), (False, 1): (0.3, 0.4, 0.5)}))
     assert "changes with training (" in said
-    said = fields.orders(["A", "B", "C"], sides(same | {(True, 0): (0.501, 0.499, 0.3)}))
+    said = fields.orders(["A", "B", "C"], sides(same | {(True, 0): (0.5, 0.51, 0.3)}))
     assert "changes with the size of the image and with training (trained: A = B > C;" in said
     assert "A is first in 3 of 4" in said
 
@@ -157,7 +158,7 @@ def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
     names = [one["name"] for one in fifth["measures"]]
     assert len(names) == 4 * 2 * 4 and names[0] == "side of the square with 20 %, DeBiFormer, 64 × 64"
     assert names[-1] == "side of the square with 99 %, ConvNeXt, 128 × 128" and fifth["measures"][0]["n"] == 3
-    assert "of DeBiFormer, BiFormer the mean of 2 seeds" in fifth["caption"] and "is first in" in fifth["caption"]
+    assert "of DeBiFormer and BiFormer the mean of 2 seeds" in fifth["caption"] and "is first in" in fifth["caption"]
     assert not set(fifth["networks"]) & {"swin_mini", "biformer_mini"}  # of these other things are recorded
     assert len(fifth["images"]) == 3 and len(fifth["weights"]) == 4
 

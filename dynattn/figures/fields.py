@@ -4,6 +4,7 @@ Any models with stages will do; what they are called is told by the paper that d
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from .subjects import RANDOM, SEED, Picture, Subject, own_picture, test_picture
 from .tables import ALL, NETWORK, NONE, Measure, Row, table_of
 
 FIELDS, LARGE = 24, 6  # test images; of large ones
+APART = 0.02  # sides that differ by less, a pixel at either edge of a small image, count as equal
 SQUARES = {0.5: (0, (4, 2.5)), 0.99: (0, (1, 1.5))}  # of the thresholds, those that are drawn, and their dashes
 Fields = dict[str, list[np.ndarray]]  # of a model: by its networks, of every size
 Sides = dict[tuple[int, int, float], Measure]  # by the numbers of the model and of the size, and the part that it holds
@@ -185,15 +187,19 @@ def orders(names: Sequence[str], sides: Sides) -> str:
         first = sum(order.startswith(f"{names[0]} >") for order in found.values())
         listed = f"trained: {found[True, 0]}; at twice the size: {found[True, 1]}"
         said.append(f"By the square with {100 * part:.0f} % {told} ({listed}). {names[0]} is first in {first} of 4. ")
-    return "".join(said)
+    return "".join(said) + f"Less than {APART} apart counts as equal. "
 
 
 def ranked(names: Sequence[str], values: Sequence[float]) -> str:
-    """The names by their values, the largest first; those that two digits do not tell apart are equal."""
-    by_value: dict[str, list[str]] = {}
-    for name, value in zip(names, values, strict=True):
-        by_value.setdefault(f"{value:.2f}", []).append(name)
-    return " > ".join(" = ".join(by_value[value]) for value in sorted(by_value, key=float, reverse=True))
+    """The names by their values, the largest first; equal is what is less than `APART` below the one before."""
+    order = np.argsort(-np.array(values), kind="stable")
+    groups = [[order[0]]]
+    for before, s in pairwise(order):
+        if values[before] - values[s] < APART:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return " > ".join(" = ".join(names[s] for s in sorted(group)) for group in groups)
 
 
 def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
@@ -202,7 +208,7 @@ def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
     several = [name for name, count in counts.items() if count > 1]
     if not several:
         return "one seed of each model"
-    return f"of {', '.join(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
+    return f"of {' and '.join(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
 
 
 def write_table(ax: Axes, names: Sequence[str], labels: Sequence[str], sides: Sides) -> None:

@@ -55,6 +55,6 @@ cost.register(
     ),
 )
 
-register_recipe("debiformer_mini", Recipe("debiformer_mini"), seeds=[0, 1])
+register_recipe("debiformer_mini", Recipe("debiformer_mini"), seeds=[0, 1, 2])
 
 figures.register("debiformer", PAPER)
