@@ -204,7 +204,7 @@ def bilevel_attention_torch(q, k, v, query_shape, key_shape, regions, topk, scal
     """DEBI-9 to DEBI-11 and DEBI-2: maps are cut into regions, which are routed and read; then the map is joined."""
     ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
     routes, inside = route(ours.means(q), theirs.means(k), topk), theirs.inside(k)  # DEBI-9, DEBI-10
-    key_mask = None if inside is None else inside.expand(len(q), -1, -1)
+    key_mask = None if inside is None else inside.expand(q.shape[0], -1, -1)
     q, k, v = ours.cut(q), theirs.cut(k), theirs.cut(v)
     return ours.join(routed_attention_torch(q, k, v, routes, key_mask, scale, dropout))  # DEBI-11, DEBI-2
 
@@ -215,7 +215,7 @@ def _kernel_on_maps(backend: str) -> Callable:
     def form(q, k, v, query_shape, key_shape, regions, topk, scale):
         ours, theirs = core.Regions(query_shape, regions), core.Regions(key_shape, regions)
         routes, inside = route(ours.means(q), theirs.means(k), topk), theirs.inside(k)  # DEBI-9, DEBI-10
-        cells, key_mask = theirs.cells(k.device), None if inside is None else inside.expand(len(q), -1, -1)
+        cells, key_mask = theirs.cells(k.device), None if inside is None else inside.expand(q.shape[0], -1, -1)
         keys, lengths = readable_first(routes, key_mask, cells.shape[1])
         return _grouped(backend, q, k, v, ours.numbers(q.device), cells.flatten()[keys], lengths, scale)
 
