@@ -202,6 +202,9 @@ lesson.draw_verdict(found)
 say(lesson.in_words(found))
 
 # %% [markdown]
+# Nothing in the equations asks a region to read its like: queries and keys come from different linear maps. And one
+# network of each kind decides nothing: look at how far the seeds are apart.
+#
 # ## 11. Exercises
 #
 # **Predict.** We make every query three times as long. Then every key of one region three times as long. Do the routes

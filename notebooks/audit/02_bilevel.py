@@ -408,7 +408,7 @@ measured(figures)
 # %% [markdown]
 # ![Figure 4](../../figures/debiformer_4_class_maps.png)
 #
-# ![Figure 6](../../figures/debiformer_6_stages.png)
+# ![Figure 6](../../figures/debiformer_6_class_maps_by_stage.png)
 #
 # ![Figure 5](../../figures/debiformer_5_receptive_fields.png)
 #
