@@ -226,8 +226,9 @@ def test_a_square_stands_in_the_middle():
     assert ax.patches[0].get_bbox().extents == pytest.approx([1.5, 1.5, 5.5, 5.5])
 
 
-def test_a_map_is_clear_where_it_says_nothing():
-    (ax,) = style.sheet(1, 1, "", "").panels[0]
-    style.heat(ax, np.array([[0.0, 1.0]]))
-    colours = ax.images[0].get_array()
-    assert colours[0, 0, 3] == 0 and colours[0, 1, 3] > 0.8
+def test_a_map_is_clear_where_it_says_nothing_and_the_photograph_keeps_its_shape():
+    (ax,) = style.sheet(1, 1, "", "", aspect=0.5).panels[0]
+    style.photograph(ax, np.zeros((20, 40, 3), np.uint8), (8, 8))
+    style.heat(ax, np.eye(8))
+    colours = ax.images[-1].get_array()
+    assert colours[0, 1, 3] == 0 and colours[0, 0, 3] > 0.8 and ax.get_aspect() == 0.5

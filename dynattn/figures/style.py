@@ -346,7 +346,8 @@ def heat(ax: Axes, values: Float[np.ndarray, "H W"]) -> None:
     """A map from 0 to 1 over the photograph, below the object's outline: clear where it is 0, then red to yellow."""
     H, W = values.shape
     colours = HEAT(values**0.7)  # most of a map is far below its largest value
-    ax.imshow(colours, extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="bilinear", zorder=1.5)
+    about = dict(extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="bilinear", aspect=ax.get_aspect(), zorder=1.5)
+    ax.imshow(colours, **about)
 
 
 def contributions(ax: Axes, field: Float[np.ndarray, "H W"]) -> None:
