@@ -13,7 +13,7 @@ from dynattn.figures import debiformer, draw, evidence, fields, run, style, subj
 from dynattn.figures.tables import ALL, Measure, from_records
 
 pytest.importorskip("pytorch_grad_cam")
-SIZE = dict(img_size=64, num_classes=10)
+SIZE = dict(img_size=32, num_classes=10)
 SHARED = SIZE | dict(dims=(16, 32), heads=(1, 2), regions=4, variant="paper")
 DEEP = SHARED | dict(depths=(2, 2), topk=(2, 16), agent_topk=(4, 16), groups=(1, 2), strides=(4, 2), kernels=(5, 3))
 MODELS = {
@@ -29,7 +29,6 @@ FILES = {
     5: "debiformer_5_receptive_fields.png",
     6: "debiformer_6_class_maps_by_stage.png",
 }
-FULL = style.DPI
 
 
 def measured(name: str, *values: float) -> Measure:
@@ -61,7 +60,7 @@ def test_whether_maps_shrink_is_told_for_each_model():
     models = [type("Model", (), dict(name=name)) for name in ("biformer_mini", "debiformer_mini")]
     halves = [measured("half", value) for value in (0.3, 0.3, 0.2, 0.1, 0.1, 0.2)]  # stages by turns of the models
     said = debiformer.shrinking(halves, models)
-    assert "30, 20, 10 % with BiFormer, they do;" in said and "30, 10, 20 % with DeBiFormer, they do not." in said
+    assert "30, 20, 10 % with BiFormer (they do), 30, 10, 20 % with DeBiFormer (they do not). " in said
 
 
 def sides(values: dict[tuple[bool, int], tuple[float, ...]]) -> fields.Sides:
@@ -80,14 +79,14 @@ def test_the_order_of_the_fields_is_told_with_its_changes():
         "By the square with 50 % the order is always the same (trained: A > B > C; at twice the size: A > B > C)"
         in said
     )
-    assert "A is first in 4 of 4" in said and fields.orders(["A"], sides(same)) == ""
+    assert "A alone is first in 4 of 4" in said and fields.orders(["A"], sides(same)) == ""
     said = fields.orders(["A", "B", "C"], sides(same | {(True, 1): (0.4, 0.5, 0.3), (False, 1): (0.4, 0.5, 0.3)}))
-    assert "changes with the size of the image (" in said and "A is first in 2 of 4" in said
+    assert "changes with the size of the image (" in said and "A alone is first in 2 of 4" in said
     said = fields.orders(["A", "B", "C"], sides(same | {(False, 0): (0.3, 0.4, 0.5), (False, 1): (0.3, 0.4, 0.5)}))
     assert "changes with training (" in said
     said = fields.orders(["A", "B", "C"], sides(same | {(True, 0): (0.5, 0.51, 0.3)}))
     assert "changes with the size of the image and with training (trained: A = B > C;" in said
-    assert "A is first in 3 of 4" in said
+    assert "A alone is first in 3 of 4" in said
 
 
 def test_a_field_without_anything_has_squares_of_no_size():
@@ -129,14 +128,13 @@ def photograph(tmp_path):
     return tmp_path / "mine.png"
 
 
-def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
-    monkeypatch.setattr(style, "DPI", FULL)
+def test_all_figures_with_their_conditions(setup, capsys):
     entries = draw("debiformer", out=setup)
     assert [one["figure"] for one in entries] == [4, 5, 6]
     printed, readme = capsys.readouterr(), (setup / "README.md").read_text()
     for one in entries:
         picture = Image.open(setup / one["file"])
-        assert picture.width >= 1800 and picture.info["Title"] == one["title"] and one["file"] == FILES[one["figure"]]
+        assert picture.info["Title"] == one["title"] and one["file"] == FILES[one["figure"]]
         assert one["caption"] in readme and one["paper_name"] == "DeBiFormer" and one["networks"]
         for measure in one["measures"]:
             assert measure["name"] in printed.out and list(measure["random"]) == ["random weights"]
@@ -153,12 +151,14 @@ def test_all_figures_with_their_conditions(setup, capsys, monkeypatch):
     assert first["seeds"]["seed 7"] == table.value["stages.0", ALL, "hires"] and first["layer"] == "stages.0"
     assert len(fourth["measures"]) == 6 and fourth["networks"] == sixth["networks"] and len(fourth["networks"]) == 6
     assert "for the true class" in fourth["caption"] and fourth["caption"].count("stage 1: ") == 1
-    assert len(sixth["measures"]) == 8 and "half of a map fills" in sixth["caption"]
+    assert len(sixth["measures"]) == 8 and "half of one fills" in sixth["caption"]
     assert "stage 2: " in sixth["caption"] and "over 2 seeds" in sixth["caption"]
     names = [one["name"] for one in fifth["measures"]]
-    assert len(names) == 4 * 2 * 4 and names[0] == "side of the square with 20 %, DeBiFormer, 64 × 64"
-    assert names[-1] == "side of the square with 99 %, ConvNeXt, 128 × 128" and fifth["measures"][0]["n"] == 3
-    assert "of DeBiFormer and BiFormer the mean of 2 seeds" in fifth["caption"] and "is first in" in fifth["caption"]
+    assert len(names) == 4 * 2 * 4 and names[0] == "side of the square with 20 %, DeBiFormer, 32 × 32"
+    assert names[-1] == "side of the square with 99 %, ConvNeXt, 64 × 64" and fifth["measures"][0]["n"] == 3
+    assert (
+        "of DeBiFormer and BiFormer the mean of 2 seeds" in fifth["caption"] and "alone is first in" in fifth["caption"]
+    )
     assert not set(fifth["networks"]) & {"swin_mini", "biformer_mini"}  # of these other things are recorded
     assert len(fifth["images"]) == 3 and len(fifth["weights"]) == 4
 
@@ -176,7 +176,7 @@ def test_a_photograph_of_ones_own(setup, photograph):
     assert len(sixth["measures"]) == 4 and "of mine.png" in fifth["caption"]
 
 
-@pytest.mark.parametrize("name", ["debiformer_mini", "biformer_mini"])
+@pytest.mark.parametrize("name", ["biformer_mini", pytest.param("debiformer_mini", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_ones_own_stands_alone(setup, tmp_path, name):
     """Of other classes than those of the images: the maps are of the model's answer."""
     arguments = MODELS[name] | dict(num_classes=3)

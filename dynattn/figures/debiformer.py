@@ -251,8 +251,8 @@ def shrinking(halves: Sequence[Measure], subjects: Sequence[Subject]) -> str:
         parts = [of_seeds(measure).mean() for measure in halves[k :: len(subjects)]]
         shrinks = all(after < before for before, after in pairwise(parts))
         numbers = ", ".join(f"{100 * part:.0f}" for part in parts)
-        found.append(f"{numbers} % with {written(subject)}, {'they do' if shrinks else 'they do not'}")
-    return f"Maps shrink from stage to stage, says the paper; half of a map fills of the image: {'; '.join(found)}. "
+        found.append(f"{numbers} % with {written(subject)} ({'they do' if shrinks else 'they do not'})")
+    return f"The paper sees maps shrink from stage to stage; half of one fills of the image here {', '.join(found)}. "
 
 
 # ----------------------------------------------------------------------------------------------------- receptive fields

@@ -186,7 +186,8 @@ def orders(names: Sequence[str], sides: Sides) -> str:
         told = f"the order changes {changes}" if changes else "the order is always the same"
         first = sum(order.startswith(f"{names[0]} >") for order in found.values())
         listed = f"trained: {found[True, 0]}; at twice the size: {found[True, 1]}"
-        said.append(f"By the square with {100 * part:.0f} % {told} ({listed}). {names[0]} is first in {first} of 4. ")
+        alone = f"{names[0]} alone is first in {first} of 4 orders. "
+        said.append(f"By the square with {100 * part:.0f} % {told} ({listed}). {alone}")
     return "".join(said) + f"Less than {APART} apart counts as equal. "
 
 
