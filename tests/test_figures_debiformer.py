@@ -133,8 +133,8 @@ def test_all_figures_with_their_conditions(setup, capsys):
     assert [one["figure"] for one in entries] == [4, 5, 6]
     printed, readme = capsys.readouterr(), (setup / "README.md").read_text()
     for one in entries:
-        picture = Image.open(setup / one["file"])
-        assert picture.info["Title"] == one["title"] and one["file"] == FILES[one["figure"]]
+        with Image.open(setup / one["file"]) as picture:
+            assert picture.info["Title"] == one["title"] and one["file"] == FILES[one["figure"]]
         assert one["caption"] in readme and one["paper_name"] == "DeBiFormer" and one["networks"]
         for measure in one["measures"]:
             assert measure["name"] in printed.out and list(measure["random"]) == ["random weights"]
