@@ -25,8 +25,9 @@ from dynattn.lessons import agree, begin, bilevel as lesson, judge, normal, rear
 # | `debiformer_mini` | some agents. Each of them has read some regions |
 #
 # **Predict first.** The query below stands in the background, at the red star. Which regions does its region choose:
-# those around it, or those of the bird? Then look: the outlines are the chosen regions. Click on another place, and
-# predict again.
+# those around it, or those of the bird? Then look. In `biformer_mini` the outlines are the regions that the query
+# reads. In `debiformer_mini` they are the regions that the agents of the dashed region read; the query itself reads all
+# agents, the dots. Click on another place, and predict again.
 
 # %%
 lesson.question()
@@ -40,12 +41,14 @@ lesson.question()
 # - *The paper* means the text of DeBiFormer. *The published code* means the authors' program; both layers below follow
 #   it. They differ in places: see the audit.
 # - $x$: a map of $H \times W$ tokens with $C$ channels. $M$: heads, $d = C / M$ the channels of a head.
-# - $S$: the map is cut into $S \times S$ **regions**. A letter with $r$, such as $q^r$, has one row for each region.
+# - $S$: the map is cut into $S \times S$ **regions**. A letter with a small $r$ above, such as $q^r$, has one row for each
+#   region.
 # - $A^r$: the **affinity** of regions. $I^r$: the **routes**, the $k$ regions that each region reads.
 # - LCE: local context enhancement, a depthwise convolution of the values.
-# - DBRA only: $r$: an **agent** for every $r \times r$ cells, $N_s$ in all. $p$: where it would stand, $\Delta p$: its
-#   offset. $\bar{x}$: what it finds there. A hat, such as $\hat{k}$, marks what agents read. $\phi$: reading a map
-#   between its cells. $\hat{B}$, $R$: a table of position biases, and the displacement from query to agent.
+# - DBRA only: an **agent** stands for every $r \times r$ cells; there are $N_s$. $p$: where it would stand, $\Delta p$: its
+#   offset. $\phi$: reading a map between its cells; $\bar{x}$: what an agent finds so. $\hat{q}, \hat{k}, \hat{v}$: the
+#   attention in which agents read. $\hat{O}$, $O$: what agents know after it. $\hat{B}$, $R$: a table of position biases,
+#   and half the displacement from query to agent.
 #
 # ## 3. Bi-level routing attention (BRA)
 #
@@ -56,12 +59,12 @@ lesson.question()
 def bilevel_layer(x, net, M, S, k):
     side, images = x.shape[1] // S, torch.arange(len(x))[:, None, None]
     q, key, v = net.qkv(x).chunk(3, dim=-1)  # DEBI-1
-    cut = lambda t: rearrange(t, "B (I h) (J w) (M d) -> B (I J) M (h w) d", I=S, J=S, M=M)
+    cut = lambda t: rearrange(t, "B (Y h) (X w) (M d) -> B (Y X) M (h w) d", Y=S, X=S, M=M)
     A = cut(q).mean(dim=3).flatten(2) @ cut(key).mean(dim=3).flatten(2).mT  # (B, S², S²)  DEBI-9
     I = A.topk(k).indices  # (B, S², k)  DEBI-10
     gather = lambda t: rearrange(cut(t)[images, I], "B R k M n d -> B R M (k n) d")  # DEBI-11
     z = (cut(q) @ gather(key).mT / x.shape[-1] ** 0.5).softmax(dim=-1) @ gather(v)  # DEBI-2
-    z = rearrange(z, "B (I J) M (h w) d -> B (I h) (J w) (M d)", I=S, h=side)
+    z = rearrange(z, "B (Y X) M (h w) d -> B (Y h) (X w) (M d)", Y=S, h=side)
     return net.proj(z + net.lce(v.movedim(-1, 1)).movedim(1, -1))  # DEBI-3
 
 
@@ -85,8 +88,9 @@ agree(ops.bilevel_attention, dict(q=q, k=key, v=v, query_shape=(5, 4), key_shape
 
 # %% [markdown]
 # **Turn it.** This is the trained network. Point at a query. Left: its region, and the regions that this one reads.
-# Middle: the affinity. Right: every region is a dot. The region selects from the right. The query would select from
-# the top. Do they agree? Change $k$, then $S$: with what $S$ does the choice become poor? Then take another layer.
+# Middle: the affinity. Right: every region is a dot. The region takes the dots with the largest affinity, those on the
+# right. The query alone would take the highest dots. Are they the same? Change $k$, then $S$: with what $S$ does the
+# choice become poor? Then take another layer.
 
 # %%
 lesson.routing()
@@ -108,6 +112,7 @@ lesson.routing()
 # %%
 verify.check("routed_attention", ops.routed_attention, cases=6)
 verify.check("bilevel_attention", ops.bilevel_attention, cases=6)
+say("Both agree with the loops: outputs and gradients, in six random cases each.")
 
 # %% [markdown]
 # ## 6. A choice has no gradient
@@ -115,8 +120,8 @@ verify.check("bilevel_attention", ops.bilevel_attention, cases=6)
 # $I^r$ holds whole numbers. A small change of a query leaves them as they are, or changes them at once. So no gradient
 # passes through the routes: a network learns them only by what queries and keys do elsewhere, in the softmax.
 #
-# **Turn it.** The query of one region goes round a circle. Move its place. Is the gradient right? What does it not
-# know? Then take all regions.
+# **Turn it.** Here a map has $4 \times 4$ tokens, and each token is a region. One query goes round a circle. Move it. Is
+# the gradient right? It is the blue tangent. What does it not know? Then take all regions.
 
 # %%
 lesson.gradient()
@@ -147,23 +152,28 @@ def agent_layer(x, net, M, r, S, k):
     return net.proj(join(z, (H, W)))  # DEBI-15
 
 
-assert torch.allclose(agent_layer(x, dbra, M=4, r=1, S=4, k=3), dbra(x))
+assert torch.allclose(agent_layer(x, dbra, M=4, r=2, S=4, k=3), dbra(x))
 
 # %% [markdown]
 # $$q = x W_q,\quad \Delta p = \theta_\text{offset}(q),\quad \bar{x} = \phi(x;\, p + \Delta p) \tag{DEBI-6}$$
-# $$\phi(z;\, (p_x, p_y)) = \sum_{(r_x, r_y)} g(p_x, r_x)\, g(p_y, r_y)\, z[r_y, r_x, :] \tag{DEBI-7}$$
+# $$\phi(z;\, (p_x, p_y)) = \sum_{(r_x, r_y)} g(p_x, r_x)\, g(p_y, r_y)\, z[r_y, r_x, :],\quad
+# g(a, b) = \max(0, 1 - |a - b|) \tag{DEBI-7}$$
 # $$\hat{q} = \bar{x} W_q,\quad \hat{k} = x W_k,\quad \hat{v} = x W_v \tag{DEBI-8}$$
-# $$\hat{O} = \bar{x} + W_{o'}\left(\text{Attention}(\hat{q}, k^g, v^g) + \text{LCE}(\hat{v})\right) \tag{DEBI-12}$$
+# $$\hat{O} = \bar{x} + W_{o'}\left(\text{Attention}(\hat{q}, \hat{k}^g, \hat{v}^g) + \text{LCE}(\hat{v})\right) \tag{DEBI-12}$$
 # $$O = \text{MLP}(\text{LN}(\hat{O})) + \hat{O} \tag{DEBI-13}$$
 # $$k = O W_k,\quad v = O W_v \tag{DEBI-14}$$
 # $$z^{(m)} = \text{softmax}\left(q^{(m)} k^{(m)\top} / \sqrt{d} + \phi(\hat{B};\, R)\right) v^{(m)} \tag{DEBI-15}$$
 #
-# So there are two attentions, one in the other. Agents read tokens. Then queries read agents. The matrix product of
-# both tells what a query gets from the map.
+# $\theta_\text{offset}$ is a depthwise convolution of stride $r$, LayerNorm, GELU and a linear map. The paper writes $W_q$,
+# $W_k$, $W_v$ for two maps each: in the code `qkv` is for the map, `agent_q`, `agent_k`, `agent_v` are for agents. It
+# prints $\hat{x}$ in DEBI-12 and does not define it: the code adds $\bar{x}$. The code has a LayerNorm before DEBI-14.
+#
+# So there are two attentions, one in the other. Agents read tokens. Then queries read agents. The product of both
+# matrices tells which tokens the attentions pass on to a query. It is not all that a query gets.
 #
 # ## 8. Agents
 #
-# **Turn it.** Left: the agents. A line goes from where each would stand to where it stands. Middle: what the heaviest
+# **Turn it.** Left: the agents. A line goes from where each would stand to where it stands. Middle: what one
 # agent reads. Right: the product of both attentions. Point at two queries: which of the three pictures change? Take more
 # agents, then fewer. Let each read all regions.
 
@@ -171,20 +181,22 @@ assert torch.allclose(agent_layer(x, dbra, M=4, r=1, S=4, k=3), dbra(x))
 lesson.agents()
 
 # %% [markdown]
-# The places of agents do not depend on the query. What the star gives to them does. In the published code an agent has
+# The query does not move the agents. It changes their weights: discs grow and shrink, and another agent becomes the
+# heaviest. Agents that would leave the map stop at its edge. In the published code an agent has
 # one number for both directions, so it moves on a diagonal. `debiformer_mini` has two numbers, as the paper says.
 #
 # ## 9. What it costs
 #
 # In multiply-adds, with linear maps and LCE: BRA takes
-# $4HWC^2 + S^4C + 2k(HW)^2C/S^2 + 25HWC$. Few regions make each of them large; many regions make the affinity dear.
+# $4HWC^2 + S^4C + 2k(HW)^2C/S^2 + 25HWC$. With few regions each region is large, so reading it is
+# expensive. With many regions the affinity is expensive.
 # DBRA pays for $N_s$ agents, which read regions, and $HW$ queries, which read agents.
 
 # %%
 lesson.cost()
 
 # %% [markdown]
-# On one map, $S$ and $k$ decide. But with $S$, $k$ and $r$ fixed both costs grow with $(HW)^2$, as dense attention's
+# On one map $S$ and $k$ decide what BRA costs. DBRA's cost hardly depends on $S$. With $S$, $k$ and $r$ fixed both costs grow with $(HW)^2$, as dense attention's
 # does, only with a smaller factor. Windows grow with $HW$. The audit shows what the paper's formula says of this, and
 # measures the time.
 #
@@ -202,7 +214,7 @@ lesson.draw_verdict(found)
 say(lesson.in_words(found))
 
 # %% [markdown]
-# Nothing in the equations asks a region to read its like: queries and keys come from different linear maps. And one
+# Nothing in the equations asks a region to read regions that are like it: queries and keys come from different linear maps. And one
 # network of each kind decides nothing: look at how far the seeds are apart.
 #
 # ## 11. Exercises
@@ -225,10 +237,11 @@ say(f"Regions with the same routes: {same[0]:.0%} with longer queries, {same[1]:
 #
 # </details>
 #
-# **Implement.** Write `routed_attention(q, k, v, routes)`. `q` is (B, M, R, n, d): regions of n queries. `k` and `v` are
-# (B, M, S, t, d): regions of t keys. `routes` is (B, R, k): the regions that each region reads, from 0. The scale is
-# $d^{-1/2}$. Return (B, M, R, n, d). `verify.check` compares it with the loops, outputs and gradients, and names the
-# mistake if it knows it. The cases have a `key_mask` (B, S, t) too: keys that may not be read, where it is false.
+# **Implement.** Write `routed_attention(q, k, v, routes)`. `q` is (B, M, R, T, d): R regions of T queries. `k` and `v`
+# are (B, M, S, t, d): here S counts regions of keys, of t keys each. `routes` is (B, R, n): the n regions that each
+# region reads, from 0. The scale is $d^{-1/2}$. Return (B, M, R, T, d). `verify.check` compares it with the loops,
+# outputs and gradients, and names the mistake if it knows it. The cases have a `key_mask` (B, S, t) too: keys that may
+# not be read, where it is false.
 
 # %%
 def routed_attention(q, k, v, routes, key_mask=None, scale=None):
@@ -260,8 +273,8 @@ judge("routed_attention", routed_attention)
 #
 # <details><summary>An answer</summary>
 #
-# Its keys and values are in no softmax, so their gradients are zero. The choice has no gradient that could bring them
-# back. Offsets move points, and $\phi$ changes smoothly with a point: so $\bar{x}$ has a gradient, and the position
-# bias of DEBI-15 too.
+# Its keys are in no softmax, so their gradient is zero. The choice has no gradient that could bring them back. Its
+# values have one gradient left: LCE reads all values. Offsets move points, and $\phi$ changes smoothly with a point: so
+# $\bar{x}$ has a gradient, and the position bias of DEBI-15 too.
 #
 # </details>

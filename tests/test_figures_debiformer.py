@@ -60,7 +60,9 @@ def test_whether_maps_shrink_is_told_for_each_model():
     models = [type("Model", (), dict(name=name)) for name in ("biformer_mini", "debiformer_mini")]
     halves = [measured("half", value) for value in (0.3, 0.3, 0.2, 0.1, 0.1, 0.2)]  # stages by turns of the models
     said = debiformer.shrinking(halves, models)
-    assert "30, 20, 10 % with BiFormer (they do), 30, 10, 20 % with DeBiFormer (they do not). " in said
+    first, second = said.split("; ")
+    assert first.endswith("30, 20, 10 % of the image with BiFormer: it shrinks")
+    assert second == "30, 10, 20 % of the image with DeBiFormer: it does not shrink. "
 
 
 def sides(values: dict[tuple[bool, int], tuple[float, ...]]) -> fields.Sides:
@@ -151,7 +153,7 @@ def test_all_figures_with_their_conditions(setup, capsys):
     assert first["seeds"]["seed 7"] == table.value["stages.0", ALL, "hires"] and first["layer"] == "stages.0"
     assert len(fourth["measures"]) == 6 and fourth["networks"] == sixth["networks"] and len(fourth["networks"]) == 6
     assert "for the true class" in fourth["caption"] and fourth["caption"].count("stage 1: ") == 1
-    assert len(sixth["measures"]) == 8 and "half of one fills" in sixth["caption"]
+    assert len(sixth["measures"]) == 8 and "half of a map covers" in sixth["caption"]
     assert "stage 2: " in sixth["caption"] and "over 2 seeds" in sixth["caption"]
     names = [one["name"] for one in fifth["measures"]]
     assert len(names) == 4 * 2 * 4 and names[0] == "side of the square with 20 %, DeBiFormer, 32 × 32"

@@ -181,7 +181,7 @@ def test_the_lens_says_and_draws_the_routes(routed, monkeypatch):
     lens = Lens(routed, layer=ROUTED[0])
     said = repr(lens).split("\n")
     assert "; its region is routed to 4 of 25 regions" in said[0]
-    assert "; its region is routed to 8 of 25 regions" in said[1]
+    assert "; the agents of its region are routed to 8 of 25 regions" in said[1]
     first, second = (panel["layers"] for panel in lens.scene)
     assert first[0]["routes"]["key_grid"] == (5, 5) and len(first[0]["routes"]["routes"]) == 25
     assert "routes" not in first[-1]  # full attention

@@ -1,16 +1,16 @@
 """The lesson on BiFormer and DeBiFormer: its pictures at the corners of their controls, and the code of its page."""
 
-import re
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("anywidget")
 
 from dynattn import verify  # noqa: E402
 from dynattn.lessons import bilevel as lesson  # noqa: E402
+from dynattn.mechanisms.deformable_bilevel import DeformableBiLevelAttention  # noqa: E402
 from dynattn.tracing import RegionRoutes  # noqa: E402
 from tests.pages import Page, drawn_again, drawn_at_every_end  # noqa: E402
 
@@ -32,8 +32,9 @@ def test_the_layers_of_the_page_are_the_librarys():
     page = PAGE.run("agent_layer")
     x = torch.randn(3, 8, 8, 16, dtype=torch.float64)
     assert torch.allclose(page.bilevel_layer(x, page.bra, M=4, S=4, k=3), page.bra(x))
-    lesson.set_agents(page.dbra, 2, 2)
-    assert torch.allclose(page.agent_layer(x, page.dbra, M=4, r=2, S=4, k=2), page.dbra(x))
+    assert torch.allclose(page.agent_layer(x, page.dbra, M=4, r=2, S=4, k=3), page.dbra(x))
+    lesson.set_agents(page.dbra, 4, 2, 1)
+    assert torch.allclose(page.agent_layer(x, page.dbra, M=4, r=4, S=2, k=1), page.dbra(x))
 
 
 def test_the_solution_is_right():
@@ -71,7 +72,7 @@ def test_the_gradient_is_right_between_the_jumps_and_all_regions_have_none():
 
 def test_more_agents_and_regions_are_read():
     name = lesson.layers("debiformer_mini")[0][1]
-    few, many = (lesson.turned(lesson.IMAGES[0], name, r, k) for r, k in ((8, 1), (2, 8)))
+    few, many = (lesson.turned(lesson.IMAGES[0], name, r, S, k) for r, S, k in ((8, 4, 1), (2, 8, 8)))
     assert (few.points.shape[1], many.points.shape[1]) == (16, 256)
     assert [len(one.region_routes().routes[0]) for one in (few, many)] == [1, 8]
     assert lesson.network("debiformer_mini").get_submodule(name).stride == 4  # the trained network is as it was
@@ -86,8 +87,11 @@ def test_on_object_with_a_known_answer():
     assert np.isnan(lesson.on_object(routes, 1 - mask * 0)[1])
 
 
-@pytest.mark.parametrize(("apart", "way"), [(0.3, "more of"), (-0.3, "**less** of"), (0.0, "neither more nor less of")])
-@pytest.mark.parametrize(("ours", "order"), [((0.7, 0.8), "better"), ((0.1, 0.2), "worse"), ((0.3, 0.8), "neither")])
+WAYS = [(0.3, "read more of"), (-0.3, "read **less** of"), (0.0, "do not clearly read")]
+
+
+@pytest.mark.parametrize(("apart", "way"), WAYS)
+@pytest.mark.parametrize(("ours", "order"), [((0.7, 0.8), "better"), ((0.1, 0.2), "worse"), ((0.3, 0.8), "undecided")])
 def test_the_verdict_goes_where_the_numbers_go(apart, way, ours, order):
     rows = []
     for name, own in zip(lesson.NAMES, ((0.4, 0.5), ours), strict=True):
@@ -96,5 +100,18 @@ def test_the_verdict_goes_where_the_numbers_go(apart, way, ours, order):
             rows.append(dict(model=name, network=f"seed {seed}", **numbers))
         rows.append(dict(model=name, network="random weights", on=0.21, off=0.2, own=0.2, other=0.1))
     words = lesson.in_words(pd.DataFrame(rows))
-    assert len(re.findall(re.escape(f"read {way} the object than"), words)) == 2
+    assert words.count(f"regions on the object {way}") == 2
     assert f"**{order}" in words
+
+
+@pytest.mark.parametrize("S", [1, 4, 8, 16])
+def test_the_cost_that_is_drawn_is_what_torch_counts(S):
+    """Also where there are fewer agents than S x S, which leaves fewer regions of agents."""
+    words = lesson.draw_cost(S, 4, 8, 64)[1]
+    layers = {cut: DeformableBiLevelAttention(64, 2, 1, (64, 64), stride=8, regions=cut, topk=4) for cut in (8, 16)}
+    counts = {}
+    for cut, layer in layers.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer.to("meta")(torch.zeros(1, 64, 64, 64, device="meta"))
+        counts[cut] = counter.get_total_flops()
+    assert counts[16] < counts[8] and "DBRA with <b>S = 16</b>" in words

@@ -161,7 +161,8 @@ def maps(setting: Setting) -> Drawing:
             for subject in subjects
             for network, table in tables_of(setting, subject).items()
         }
-        said = verdict([(measures[1], measures[0])] if len(subjects) == 2 else []) + usual(measures[-len(subjects) :])
+        said = verdict([(measures[1], measures[0])] if len(subjects) == 2 else [])
+        said += gradients(measures[len(subjects) :])
     else:
         measures = [on_photograph(setting, subject, 0) for subject in subjects]
     caption = (
@@ -181,10 +182,17 @@ def maps(setting: Setting) -> Drawing:
     return Drawing(sheet.figure, caption, pictures, measures, [subject.story for subject in subjects], tables)
 
 
-def usual(measures: Sequence[Measure]) -> str:
-    """What Grad-CAM in the last stage finds, where it is usually taken."""
-    values = [f"{of_seeds(one).mean():.2f} with {one.name.split(', ')[2]} (null {one.other:.2f})" for one in measures]
-    return f"Grad-CAM in the last stage, as is usual, has {' and '.join(values)} on the object. "
+def gradients(measures: Sequence[Measure]) -> str:
+    """What Grad-CAM finds in the first stage, and in the last, where it is usually taken: of each model both."""
+    half, values = len(measures) // 2, [f"{of_seeds(one).mean():.2f}" for one in measures]
+    names = [one.name.split(", ")[2] for one in measures]
+    early = " and ".join(f"{value} with {name}" for value, name in zip(values[:half], names, strict=False))
+    nulls = [f"null {one.other:.2f}" for one in measures[half:]]
+    late = " and ".join(f"{a} with {b} ({c})" for a, b, c in zip(values[half:], names, nulls, strict=False))
+    return (
+        f"Grad-CAM has {early} on the object in the first stage; in the last stage, as is usual, {late}. Large dots "
+        "and bold numbers are of the networks that are drawn. "
+    )
 
 
 def map_key(sheet: style.Sheet, pictures: Sequence[Picture]) -> None:
@@ -251,8 +259,9 @@ def shrinking(halves: Sequence[Measure], subjects: Sequence[Subject]) -> str:
         parts = [of_seeds(measure).mean() for measure in halves[k :: len(subjects)]]
         shrinks = all(after < before for before, after in pairwise(parts))
         numbers = ", ".join(f"{100 * part:.0f}" for part in parts)
-        found.append(f"{numbers} % with {written(subject)} ({'they do' if shrinks else 'they do not'})")
-    return f"The paper sees maps shrink from stage to stage; half of one fills of the image here {', '.join(found)}. "
+        said = "it shrinks" if shrinks else "it does not shrink"
+        found.append(f"{numbers} % of the image with {written(subject)}: {said}")
+    return f"The paper sees maps shrink from stage to stage. Here half of a map covers {'; '.join(found)}. "
 
 
 # ----------------------------------------------------------------------------------------------------- receptive fields

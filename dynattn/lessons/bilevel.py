@@ -1,5 +1,6 @@
 """The pictures of the lesson on BiFormer and DeBiFormer. Each function draws one; the reader turns its arguments."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -28,6 +29,7 @@ from dynattn.mechanisms.deformable_bilevel import DeformableBiLevelAttention, De
 from dynattn.tracing import RegionRoutes, Trace, trace
 from dynattn.weights import path
 from dynattn.widgets import Lens
+from dynattn.widgets.panel import shows_routes
 
 IMAGES = (27, 22, 9, 1)  # test images, chosen for their places and backgrounds, not by what a model makes of them
 QUERY = (108.0, 60.0)  # a pixel (row, col) in the background of the first
@@ -126,25 +128,27 @@ def draw_routing(query: tuple[float, float], S: int, k: int, layer: str, image: 
     likes = affinity[region]
     shown = dict(extent=extent, cmap=HEAT, alpha=0.75, interpolation="nearest")
     heat_ax.imshow(likes.reshape(routing.sources.grid).numpy(), **shown)
-    heat_ax.set_title("its affinity to all regions, DEBI-9")
+    heat_ax.set_title("its affinity, DEBI-9; dark: high")
 
     logits = torch.stack([record.q[m, at] @ record.k[m].mT for m in range(record.heads)]) * record.scale
     dense = logits.softmax(dim=-1).mean(dim=0)  # of the query, over all tokens, mean of the heads
     numbers = routing.sources.numbers(dense.device)
-    held = torch.zeros(S * S).index_add(0, numbers, dense.float())
-    chosen = torch.zeros(S * S, dtype=torch.bool).index_fill(0, routing.routes[region], True)
+    count = math.prod(routing.sources.grid)
+    held = torch.zeros(count).index_add(0, numbers, dense.float())
+    chosen = torch.zeros(count, dtype=torch.bool).index_fill(0, routing.routes[region], True)
     agree_ax.scatter(likes[~chosen].numpy(), held[~chosen].numpy(), s=18, color="#BBBBBB", label="not read")
     taken = dict(s=26, color=style.ORANGE, label="read", edgecolors=style.INK)
     agree_ax.scatter(likes[chosen].numpy(), held[chosen].numpy(), **taken)
     agree_ax.set(title="every region is a dot", xlabel="affinity: the mean query likes the mean key")
     agree_ax.set_ylabel("dense attention of the query")
     agree_ax.legend(framealpha=0.85, edgecolor="none")
-    k, best = int(chosen.sum()), float(held.topk(int(chosen.sum())).values.sum())
+    read = int(chosen.sum())
+    best = float(held.topk(read).values.sum())
     trained = f"S = {network('biformer_mini').get_submodule(layer).regions}, k = {len(record.routing.routes[0])}"
     return figure, (
-        f"The region reads {k} of {S * S} regions, {k / S**2:.0%} of the map. Dense attention would give them "
-        f"<b>{float(held[chosen].sum()):.0%}</b> of this query's attention; the best {k} regions for this query would "
-        f"get {best:.0%}. The layer was trained with {trained}; it is not trained again when you turn it."
+        f"The region reads {read} of {count} regions, {read / count:.0%} of the map. Dense attention would give them "
+        f"<b>{float(held[chosen].sum()):.0%}</b> of this query's attention; the best {read} regions for this query "
+        f"would get {best:.0%}. The layer was trained with {trained}; it is not trained again when you turn it."
     )
 
 
@@ -216,23 +220,28 @@ def gradient() -> Turn:
 # --------------------------------------------------------------------------------------------------------- 8: agents
 
 
-def set_agents(layer: DeformableBiLevelAttention, r: int, k: int) -> None:
-    """An agent for every r x r cells, each of which reads k regions: no weight depends on either."""
-    layer.stride, layer.topk = r, k
+def set_agents(layer: DeformableBiLevelAttention, r: int, S: int, k: int) -> None:
+    """An agent for every r x r cells, each of which reads k of S x S regions: no weight depends on these."""
+    layer.stride, layer.regions, layer.topk = r, S, k
     layer.lce.stride = layer.offset.depthwise.stride = (r, r)
 
 
 @cache
-def turned(image: int, name: str, r: int, k: int) -> DeformableBiLevelRecord:
+def turned(image: int, name: str, r: int, S: int, k: int) -> DeformableBiLevelRecord:
     """A trained layer on an image, with other agents."""
     model = deepcopy(network("debiformer_mini"))
-    set_agents(model.get_submodule(name), r, k)
+    set_agents(model.get_submodule(name), r, S, k)
     return trace(model, picture(image).x)[name]
 
 
-def draw_agents(query: tuple[float, float], r: int, k: int, head: int, layer: str, image: int) -> tuple[Figure, str]:
-    """Agents and what the query gives to them; what the heaviest of them reads; what the query gets from the map."""
-    record = turned(image, layer, r, k)
+def draw_agents(
+    query: tuple[float, float], r: int, S: int, k: int, head: int, agent: int, layer: str, image: int
+) -> tuple[Figure, str]:
+    """Agents and what the query gives to them; what one of them reads; what the query gets from the map by all.
+
+    agent: 0 is the one that the query gives most, 1 the next.
+    """
+    record = turned(image, layer, r, S, k)
     head, at = min(head, record.heads - 1), record.query(*query)
     given = record.attention[head, at]
     points, rest = record.points_xy(record.group(head)), record.references_xy()
@@ -242,32 +251,33 @@ def draw_agents(query: tuple[float, float], r: int, k: int, head: int, layer: st
         style.star(ax, *record.cells()[at].tolist())
     for (x, y), (x0, y0) in zip(points.tolist(), rest.tolist(), strict=True):
         axes[0].plot([x0, x], [y0, y], color=style.PAPER, linewidth=1.2, zorder=3)
+    chosen = int(given.argsort(descending=True, stable=True)[min(agent, len(given) - 1)])
     area = 20 + 380 * (given / given.max()).numpy()
     axes[0].scatter(*points.T.numpy(), s=area, color=style.ORANGE, edgecolors=style.INK, zorder=4)
     axes[0].set_title("agents; area: what the star gives")
 
-    heaviest = int(given.argmax())
-    x, y = rest[heaviest].tolist()
+    x, y = rest[chosen].tolist()
     routes = record.region_routes()
     outlines(axes[1], routes, (y, x), numbers=k <= 16)
-    weight = record.reading[head, heaviest]
+    weight = record.reading[head, chosen]
     read = weight.nonzero()[:, 0]
     style.keys(axes[1], record.cells()[read].numpy(), weight[read].numpy(), record.stride, style.ORANGE)
-    disc = dict(color=style.BLUE, markeredgecolor=style.PAPER, markersize=10, zorder=6)
-    axes[1].plot(*points[heaviest].tolist(), "o", **disc)
-    axes[1].set_title("what its heaviest agent (blue) reads")
+    for ax in axes[:2]:
+        ax.plot(*points[chosen].tolist(), "D", color="white", markeredgecolor=style.INK, markersize=9, zorder=6)
+    axes[1].set_title("what the agent at the diamond reads")
     got = record.effective_matrix(head)[at]
     extent = (-0.5, SIDE - 0.5, SIDE - 0.5, -0.5)
     share = (got / got.max()).reshape(record.query_shape).numpy()
     axes[2].imshow(share, extent=extent, cmap=HEAT, alpha=0.35 + 0.6 * share, interpolation="nearest")
-    axes[2].set_title("what the star gets, by all agents")
-    moved = float((points - rest).norm(dim=1).mean())
+    axes[2].set_title("both attentions; dark: most")
+    moved, own = float((points - rest).norm(dim=1).mean()), network("debiformer_mini").get_submodule(layer)
     return figure, (
-        f"{len(points)} agents, moved by {moved:.1f} pixels in the mean. The heaviest has "
-        f"<b>{float(given.max()):.0%}</b> of this query's attention and reads {len(routes.routes[0])} of "
-        f"{routes.key_grid[0] * routes.key_grid[1]} regions. The map on the right leaves out what agents know of "
-        f"themselves, {record.rest(head):.0%} as large as the head's output. The layer was trained with r = "
-        f"{network('debiformer_mini').get_submodule(layer).stride}."
+        f"{len(points)} agents, moved by {moved:.1f} pixels in the mean. The one at the diamond has "
+        f"<b>{float(given[chosen]):.0%}</b> of this query's attention and reads {len(routes.routes[0])} of "
+        f"{math.prod(routes.key_grid)} regions; dashed: the region that it starts from. The map on the right is only "
+        f"the product of the two attentions. All else (what agents sampled, LCE, feed-forward network, other heads) is "
+        f"{record.rest(head):.0%} as large as the head's output. The layer was trained with r = {own.stride}, "
+        f"S = {own.regions}, k = {own.topk}."
     )
 
 
@@ -278,8 +288,10 @@ def agents() -> Turn:
         draw_agents,
         query=Pointer(QUERY, last=(SIDE - 1.0, SIDE - 1.0), step=8.0),
         r=choice(1, 2, 4, 8, value=4),
+        S=choice(2, 4, 8, value=8),
         k=choice(1, 4, 8, 16, 64, value=8),
         head=slider(0, most - 1, 0),
+        agent=choice(("heaviest", 0), ("second", 1), ("third", 2)),
         layer=choice(*layers("debiformer_mini")),
         image=image_choice(),
     )
@@ -295,9 +307,11 @@ def draw_cost(S: int, k: int, r: int, channels: int) -> tuple[Figure, str]:
 
     def both(side: int, S: int) -> tuple[float, float]:
         shape, N = (side, side), (side // r) ** 2
+        regions = math.prod(core.Regions((side // r, side // r), S).grid)  # of agents: no more than there are agents
+        spared = (S * S - regions) * S * S * channels
         return (
             bilevel.multiply_adds(shape, S, min(k, S * S), channels),
-            deformable_bilevel.multiply_adds(shape, N, S, min(k, S * S), channels, 5, 3),
+            deformable_bilevel.multiply_adds(shape, N, S, min(k, S * S), channels, 5, 3) - spared,
         )
 
     found = np.array([both(int(side), S) for side in sides]) / 1e9
@@ -315,14 +329,14 @@ def draw_cost(S: int, k: int, r: int, channels: int) -> tuple[Figure, str]:
     by_regions.plot(cuts, at_64[:, 0], "o-", color=style.ORANGE)
     by_regions.plot(cuts, at_64[:, 1], "o-", color="#009E73")
     by_regions.axvline(S, color=style.INK, linestyle=":")
-    by_regions.set(xscale="log", yscale="log", xlabel="S", title="the same on a map of 64 × 64, by regions")
+    by_regions.set(xscale="log", yscale="log", xlabel="S", title="on a map of 64 × 64, G multiply-adds; dotted: your S")
     for one, ticks in ((ax, sides), (by_regions, cuts)):
         one.minorticks_off()
         one.set_xticks(ticks, ticks)
     least, growth = cuts[at_64.argmin(axis=0)], found[-1] / found[3]
     return figure, (
-        f"On 64 × 64 cells BRA is cheapest with <b>S = {least[0]}</b>, DBRA with <b>S = {least[1]}</b>. From there to "
-        f"256 × 256 the cells grow {sides[-1] ** 2 // 64**2} times, the cost of BRA {growth[0]:.0f} times, of DBRA "
+        f"On 64 × 64 cells BRA is cheapest with <b>S = {least[0]}</b>, DBRA with <b>S = {least[1]}</b>. From 64 × 64 "
+        f"to 256 × 256 the cells grow {sides[-1] ** 2 // 64**2} times, the cost of BRA {growth[0]:.0f} times, of DBRA "
         f"{growth[1]:.0f} times, of dense attention {dense[-1] / dense[3]:.0f} times."
     )
 
@@ -372,7 +386,7 @@ def measured(model: nn.Module) -> dict[str, float]:
     for i, (image, label, _) in enumerate(items):
         x, other = normalise(image), np.delete(masks, i, axis=0).mean(axis=0)
         routes = [one for record in trace(model, x) if (one := record.region_routes()) is not None]
-        routes = [one for one in routes if len(one.routes[0]) < len(one.routes)]
+        routes = [one for one in routes if shows_routes(one)]
         found = class_map(model, x, label=label)
         of_routes = np.array([on_object(one, masks[i]) for one in routes]).mean(axis=0)
         rows.append((*of_routes, share_under(found, masks[i]), share_under(found, other)))
@@ -424,17 +438,23 @@ def in_words(found: pd.DataFrame) -> str:
     for name in NAMES:
         on, off = (trained.get_group(name)[column] for column in ("on", "off"))
         apart, chance = on - off, at_random.loc[name, "on"] - at_random.loc[name, "off"]
-        way = "neither more nor less of the object than"
+        numbers = f"{on.mean():.0%} of what they read is object, against {off.mean():.0%}"
         if apart.min() > max(0.0, chance) or apart.max() < min(0.0, chance):
-            way = "more of the object than" if apart.mean() > 0 else "**less** of the object than"
-        said.append(
-            f"In `{name}` regions on the object read {way} regions off it: {on.mean():.0%} of what they read is "
-            f"object, against {off.mean():.0%}. With random weights the difference is {abs(chance):.0%}."
-        )
+            way = "more" if apart.mean() > 0 else "**less**"
+            found = f"read {way} of the object than regions off it: {numbers}"
+        else:
+            found = f"do not clearly read more or less of it than regions off it: {numbers}, and the seeds disagree"
+        by_chance = f"With random weights the difference is {100 * chance:+.0f} points."
+        said.append(f"In `{name}` regions on the object {found}. {by_chance}")
     ours, theirs = (trained.get_group(name)["own"] for name in reversed(NAMES))
-    order = "neither better nor worse"
-    if ours.min() > theirs.max() or theirs.min() > ours.max():
+    apart = ours.min() > theirs.max() or theirs.min() > ours.max()
+    shares = f"{ours.mean():.0%} of its map lies on the object, {theirs.mean():.0%} of BiFormer's"
+    if apart:
         order = "better" if ours.mean() > theirs.mean() else "worse"
+        verdict = f"By these class maps DeBiFormer locates the object **{order}** than BiFormer in small"
+    else:
+        verdict = "By these class maps it is **undecided** which of the two locates the object better in small"
+    seeds = f"means of {len(ours)} and {len(theirs)} seeds, which {'do not overlap' if apart else 'overlap'}"
     return "\n".join(
         [
             "| network | object in what regions on it read | ... regions off it | class map on the object | ... on "
@@ -444,15 +464,14 @@ def in_words(found: pd.DataFrame) -> str:
             "",
             f"{MEASURED} test images. {' '.join(said)}",
             "",
-            f"**Verdict.** By these class maps DeBiFormer locates the object **{order}** than BiFormer in small: "
-            f"{ours.mean():.0%} of its map lies on the object, {theirs.mean():.0%} of BiFormer's (means of "
-            f"{len(ours)} and {len(theirs)} seeds, which {'overlap' if 'neither' in order else 'do not overlap'}).",
+            f"**Verdict.** {verdict}: {shares} ({seeds}).",
         ]
     )
 
 
 def library_layers(dim: int, heads: int, shape: tuple[int, int], **options) -> tuple[nn.Module, nn.Module]:
-    """The library's BRA and DBRA with random weights, in float64, not in training."""
+    """Sections 3 and 7: the library's BRA, and DBRA with an agent for 2 x 2 cells, with random weights, in float64."""
     torch.manual_seed(0)
-    ours = BiLevelRoutingAttention(dim, heads, **options), DeformableBiLevelAttention(dim, heads, 1, shape, **options)
-    return tuple(layer.double().eval().requires_grad_(False) for layer in ours)
+    bra = BiLevelRoutingAttention(dim, heads, **options)
+    dbra = DeformableBiLevelAttention(dim, heads, 1, shape, stride=2, **options)
+    return tuple(layer.double().eval().requires_grad_(False) for layer in (bra, dbra))

@@ -6,8 +6,8 @@ the regions that it is routed to (BiFormer), and all queries of the map read the
     q = x W_q            Delta p = theta_offset(q)            x- = phi(x; p + Delta p)                       DEBI-6
     phi(z; (p_x, p_y)) = sum_(r_x, r_y) g(p_x, r_x) g(p_y, r_y) z[r_y, r_x, :]            `core.sample_points`    DEBI-7
     q^ = x- W_q          k^ = x W_k           v^ = x W_v                                                     DEBI-8
-    A^r = q^r (k^r)^T,   I^r = topk(A^r),   k^g = gather(k^, I),  v^g = gather(v^, I)            DEBI-9 to DEBI-11
-    O^ = x- + W_o' (Attention(q^, k^g, v^g) + LCE(v^))                                                       DEBI-12
+    A^r = q^r (k^r)^T,   I^r = topk(A^r),   k^^g = gather(k^, I),  v^^g = gather(v^, I)          DEBI-9 to DEBI-11
+    O^ = x- + W_o' (Attention(q^, k^^g, v^^g) + LCE(v^))                                                       DEBI-12
     O  = MLP(LN(O^)) + O^                                                                                    DEBI-13
     k = O W_k            v = O W_v                                                                           DEBI-14
     z^(m) = softmax(q^(m) k^(m)T / sqrt(d) + phi(B^; R)) v^(m)            then W_o                           DEBI-15

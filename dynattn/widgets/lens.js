@@ -108,9 +108,13 @@ function regionsOf({ query_side, query_grid, key_side, key_grid, routes }, row, 
 const regionCount = ({ key_grid }) => key_grid[0] * key_grid[1];
 const showsRoutes = (routes) => Boolean(routes) && routes.routes[0].length < regionCount(routes);
 const meaningOfRoutes = ({ readers }) =>
-  `Outlines: the regions that the ${readers} of the dashed region read; 1 is liked most.`;
-const routesName = (routes) =>
-  routes ? `; its region is routed to ${routes.routes[0].length} of ${regionCount(routes)} regions` : "";
+  `Outlines: the regions that the ${readers} of the dashed region read; 1 is liked most.` +
+  (readers === "queries" ? "" : ` The query reads all ${readers}.`);
+const routesName = (routes) => {
+  if (!routes) return "";
+  const who = routes.readers === "queries" ? "its region is" : `the ${routes.readers} of its region are`;
+  return `; ${who} routed to ${routes.routes[0].length} of ${regionCount(routes)} regions`;
+};
 
 /* What the marks on a panel mean: `meaning` of panel.py. */
 function meaning(fade, cells) {

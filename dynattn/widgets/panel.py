@@ -200,7 +200,8 @@ def shows_routes(routes: RegionRoutes | None) -> bool:
 
 def meaning_of_routes(routes: RegionRoutes) -> str:
     """What outlines mean."""
-    return f"Outlines: the regions that the {routes.readers} of the dashed region read; 1 is liked most."
+    said = f"Outlines: the regions that the {routes.readers} of the dashed region read; 1 is liked most."
+    return said if routes.readers == "queries" else f"{said} The query reads all {routes.readers}."
 
 
 def routes_name(routes: RegionRoutes | None) -> str:
@@ -208,7 +209,8 @@ def routes_name(routes: RegionRoutes | None) -> str:
     if routes is None:
         return ""
     number, of_all = len(routes.routes[0]), routes.key_grid[0] * routes.key_grid[1]
-    return f"; its region is routed to {number} of {of_all} regions"
+    who = "its region is" if routes.readers == "queries" else f"the {routes.readers} of its region are"
+    return f"; {who} routed to {number} of {of_all} regions"
 
 
 def pixel_name(row: float, col: float) -> str:

@@ -24,6 +24,8 @@ def draw(view: View, dpi: int) -> Image.Image:
     pairs = list(zip(view.panels, view.readings(), strict=True))
     h, w = view.panels[0].picture.shape[:2]
     labels = [f"{panel.name}, {head_name(one.head, panel.trace[one.layer].heads)}" for panel, one in pairs]
+    if len(pairs) > 3:  # then there is room for the name alone; the caption has the head
+        labels = [panel.name for panel, _ in pairs]
     sheet = style.sheet(1, len(pairs), "What one query reads", caption(view), column_labels=labels, aspect=h / w)
     for p, (ax, (panel, reading)) in enumerate(zip(sheet.panels[0], pairs, strict=True)):
         style.photograph(ax, panel.picture, panel.shape)
@@ -44,16 +46,17 @@ def caption(view: View) -> str:
     """What is seen in words, and what positions are."""
     shown = f"{1 - view.fade:.0%} attention over {view.fade:.0%} rollout"
     shown = {0: "Attention", 1: "Rollout"}.get(view.fade, shown)
-    seen = ". ".join(f"{panel.name}: {said}" for panel, said in zip(view.panels, view.sentences(), strict=True))
+    seen = []
+    for panel, layer, said in zip(view.panels, view.layer, view.sentences(), strict=True):
+        routes = panel.routes(layer)
+        outlined = f". {meaning_of_routes(routes)}" if view.fade < 1 and shows_routes(routes) else "."
+        seen.append(f"{panel.name}: {said}{outlined}")
     pairs = zip(view.panels, view.readings(), strict=True)
     kinds = {on_cells(one.keys, panel.trace[one.layer]) for panel, one in pairs}
     marks = " ".join(meaning(0, cells) for cells in sorted(kinds)) if view.fade < 1 else ""
-    routes = [panel.routes(layer) for panel, layer in zip(view.panels, view.layer, strict=True)]
-    if view.fade < 1:
-        marks = " ".join([marks, *sorted({meaning_of_routes(one) for one in routes if shows_routes(one)})])
     if view.fade > 0:
         marks = f"{marks} {meaning(1, True)}".strip()
-    return f"{shown}; (row, col) are pixels of what the model saw. {marks} {seen}."
+    return f"{shown}; (row, col) are pixels of what the model saw. {marks} {' '.join(seen)}"
 
 
 def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> None:

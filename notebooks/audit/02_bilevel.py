@@ -125,8 +125,9 @@ say(
 # %% [markdown]
 # ## No gradient
 #
-# The routes are found without a gradient. Queries and keys of regions that nobody reads have a slope of zero, though
-# a small change of them may change what is read. So there are two kinds of points: where the routes stay, the gradient
+# The routes are found without a gradient. In the attention, keys and values of regions that nobody reads have a gradient
+# of zero. But a small change of these keys may change what is read. So there are two kinds of points: where the routes
+# stay, the gradient
 # is right; where they change, the output jumps. Here a query becomes its opposite, in small steps.
 
 # %%
@@ -160,15 +161,19 @@ say(
 # %%
 networks = {"trained": dynattn.create_model("debiformer_mini", pretrained=True)}
 networks["random weights"] = dynattn.create_model("debiformer_mini").eval()
-picture, rows = test_picture(22, (128, 128)), []
+picture, rows, left_out = test_picture(22, (128, 128)), [], {name: [] for name in networks}
 for name, network in networks.items():
     for record in dynattn.trace(network, picture.x).of_kind("deformable_bilevel"):
         A = record.effective_matrix(0)
         assert torch.allclose(A, record.attention[0] @ record.reading[0]) and torch.allclose(A.sum(1), torch.ones(len(A)))
         rest = [record.rest(head) for head in range(record.heads)]
+        left_out[name] += rest
         rows.append((name, f"`{record.name}`", record.points.shape[1], f"{min(rest):.2f} to {max(rest):.2f}"))
 table(("", "layer", "agents", "left out, by head"), rows)
-say("Near or above one: most of what a query gets through agents does not come through the product of attentions.")
+say(
+    f"Trained, {min(left_out['trained']):.2f} to {max(left_out['trained']):.2f} of a head's output is left out: the "
+    "product of the attentions alone is a poor account of it."
+)
 
 # %% [markdown]
 # ## Cost
