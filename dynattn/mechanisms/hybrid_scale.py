@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from dynattn import core, tracing
@@ -63,17 +63,17 @@ def hybrid_scale_attention_loops(q, k, v, query_shape, ratio, window, scale):
 
 def significance_loops(q, k, query_shape, ratio, window, scale, reading):
     """SG-5 of one group of heads, (B, H, W): sums as printed, or means over heads and queries times the keys."""
-    (B, h), (H, W) = q.shape[:2], query_shape
-    HK, WK = -(-H // ratio), -(-W // ratio)
-    total, queries, keys_read = torch.zeros(B, HK, WK).to(q), torch.zeros(B, HK, WK).to(q), torch.zeros(HK, WK).to(q)
+    B, (H, W) = q.shape[0], query_shape
+    asked, given, count = ({}, {}, {})
     for b, _, keys, weights in attention_loops(q.detach(), k.detach(), query_shape, ratio, window, scale):
-        for (u, w), weight in zip(keys, weights, strict=True):
-            total[b, u, w] += weight  # SG-5
-            queries[b, u, w] += 1  # in every head
-            keys_read[u, w] = len(keys)
+        for key, weight in zip(keys, weights, strict=True):
+            given[b, *key] = given.get((b, *key), 0) + weight  # SG-5
+            asked[b, *key] = asked.get((b, *key), 0) + 1  # by every query, in every head
+            count[key] = len(keys)
     if reading == "mean":
-        total = total / queries * keys_read
-    return torch.stack([total[:, i // ratio, j // ratio] for i in range(H) for j in range(W)], dim=1).reshape(B, H, W)
+        given = {(b, u, w): total / asked[b, u, w] * count[u, w] for (b, u, w), total in given.items()}
+    maps = [given[b, i // ratio, j // ratio] for b in range(B) for i in range(H) for j in range(W)]
+    return torch.stack(maps).reshape(B, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,20 +99,22 @@ class Layout:
         """Whether one window holds the whole map."""
         return self.window is None or all(core.surely(side <= self.ratio * self.window) for side in self.shape)
 
+    @property
+    def queries(self) -> tuple[tuple[int, int], int]:
+        """The map of the queries, and the side of their windows."""
+        return self.shape, self.ratio * (self.window or 1)
+
+    @property
+    def keys(self) -> tuple[tuple[int, int], int]:
+        """The map of the merged tokens, and the side of their windows."""
+        return self.key_shape, self.window or 1
+
     def cut(self, x: Num[Tensor, "B H W C"], side: int) -> Num[Tensor, "n T C"]:
         """The tokens of every window of a map, zeros where there is padding."""
         if self.whole:
             return rearrange(x, "B H W C -> B (H W) C")
         padded = core.pad_map(x, core.padding_to(tuple(x.shape[1:3]), (side, side)))
         return core.partition_windows(padded, (side, side))
-
-    def cut_queries(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
-        """Windows of s M x s M cells."""
-        return self.cut(x, self.ratio * (self.window or 1))
-
-    def cut_keys(self, x: Num[Tensor, "B HK WK C"]) -> Num[Tensor, "n T C"]:
-        """Windows of M x M merged tokens."""
-        return self.cut(x, self.window or 1)
 
     def join(self, x: Num[Tensor, "n T C"], shape: tuple[int, int], side: int) -> Num[Tensor, "B H W C"]:
         """The inverse of `cut`, for a map of that shape."""
@@ -122,63 +124,61 @@ class Layout:
         padded = shape[0] + more[0], shape[1] + more[1]
         return core.crop(core.merge_windows(x, (side, side), padded), shape)
 
-    def join_queries(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
-        """The map of what every query has."""
-        return self.join(x, self.shape, self.ratio * (self.window or 1))
-
-    def spread(self, x: Num[Tensor, "n T"]) -> Num[Tensor, "B H W"]:
+    def spread(self, x: Num[Tensor, "B HK WK"]) -> Num[Tensor, "B H W"]:
         """What every merged token has, at all cells that it was made of."""
-        x = self.join(x[..., None], self.key_shape, self.window or 1)
-        if self.ratio > 1:
-            x = x.repeat_interleave(self.ratio, dim=1).repeat_interleave(self.ratio, dim=2)
-        return core.crop(x, self.shape)[..., 0]
+        x = x.repeat_interleave(self.ratio, dim=1).repeat_interleave(self.ratio, dim=2)
+        return core.crop(x[..., None], self.shape)[..., 0]
 
-    def inside(self, shape: tuple[int, int], side: int, device: torch.device) -> Bool[Tensor, "windows T"] | None:
-        """Which tokens of the windows are no padding; None where all are, or may be taken to be."""
+    def inside(self, shape: tuple[int, int], side: int, like: Tensor) -> Bool[Tensor, "windows T"] | None:
+        """Which tokens of the windows are no padding; None where all are."""
         if self.whole or all(core.surely(more == 0) for more in core.padding_to(shape, (side, side))):
             return None
-        return self.cut(torch.ones(1, *shape, 1, dtype=torch.int64, device=device), side)[..., 0] > 0
+        return self.cut(torch.ones(1, *shape, 1, dtype=torch.int64, device=like.device), side)[..., 0] > 0
 
-    def hidden(self, like: Tensor, images: int) -> Float[Tensor, "n 1 1 T"] | None:
+    def hidden(self, like: Float[Tensor, "n h Tq d"], images: int) -> Float[Tensor, "n 1 Tq Tk"] | None:
         """What is added to the logits: -inf at keys that are padding."""
-        inside = self.inside(self.key_shape, self.window or 1, like.device)
+        inside = self.inside(*self.keys, like)
         if inside is None:
             return None
         bias = torch.zeros(inside.shape, dtype=like.dtype, device=like.device).masked_fill(~inside, -torch.inf)
-        return bias.expand(images, -1, -1).flatten(0, 1)[:, None, None]
+        return bias.expand(images, -1, -1).flatten(0, 1)[:, None, None].expand(-1, -1, like.shape[2], -1)
 
-    def significance(self, attention: Float[Tensor, "n h Tq Tk"], images: int, reading: str) -> Float[Tensor, "B H W"]:
+    def significance(self, A: Float[Tensor, "n h Tq Tk"], images: int, reading: str) -> Float[Tensor, "B H W"]:
         """SG-5 of these heads: what merged tokens are given, in sum or on average, at the cells that they stand for."""
-        A, (h, Tq, Tk) = attention.detach(), attention.shape[1:]
-        A = A.to(torch.promote_types(A.dtype, torch.float32))
-        queries = self.inside(self.shape, self.ratio * (self.window or 1), A.device)
-        keys = self.inside(self.key_shape, self.window or 1, A.device)
+        A, (h, Tq, Tk) = A.detach().to(torch.promote_types(A.dtype, torch.float32)), A.shape[1:]
+        queries, keys = self.inside(*self.queries, A), self.inside(*self.keys, A)
         if queries is not None:  # padding asks nothing
-            A = A.unflatten(0, (images, -1)) * queries[:, None, :, None]
-            A = A.flatten(0, 1)
+            A = (A.unflatten(0, (images, -1)) * queries[:, None, :, None]).flatten(0, 1)
         S = A.sum(dim=(1, 2))  # SG-5
         if reading == "mean":
-            Tq = Tq if queries is None else queries.sum(dim=1).repeat(images)[:, None]
-            Tk = Tk if keys is None else keys.sum(dim=1).repeat(images)[:, None]
+            Tq, Tk = (
+                number if inside is None else inside.sum(dim=1).repeat(images)[:, None]
+                for number, inside in ((Tq, queries), (Tk, keys))
+            )
             S = S * (Tk / (h * Tq))
-        return self.spread(S)
+        return self.spread(self.join(S[..., None], *self.keys)[..., 0])
 
 
-def heads_in_windows(x: Num[Tensor, "n T C"], heads: int) -> Num[Tensor, "n h T d"]:
-    """Tokens of windows by heads."""
-    return rearrange(x, "n T (h d) -> n h T d", h=heads)
+def in_windows(q, k, v, heads: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Maps (B, H, W, C) as tokens of windows (n, h, T, d), and what is added to the logits."""
+    by_head = lambda x, side: rearrange(layout.cut(x, side), "n T (h d) -> n h T d", h=heads)  # noqa: E731
+    images, q = q.shape[0], by_head(q, layout.queries[1])
+    return q, by_head(k, layout.keys[1]), by_head(v, layout.keys[1]), layout.hidden(q, images)
+
+
+def joined(z: Float[Tensor, "n h T d"], layout: Layout) -> Float[Tensor, "B H W C"]:
+    """What came out of the windows, as a map."""
+    return layout.join(rearrange(z, "n h T d -> n T (h d)"), *layout.queries)
 
 
 def hybrid_scale_attention_torch(q, k, v, query_shape, ratio, window, scale, dropout=0.0):
     """SG-4 by torch's attention inside every window."""
-    layout, (B, h) = Layout(query_shape, ratio, window), q.shape[:2]
-    q = heads_in_windows(layout.cut_queries(core.merge_heads(q, query_shape)), h)
-    k, v = (heads_in_windows(layout.cut_keys(core.merge_heads(x, layout.key_shape)), h) for x in (k, v))
-    bias = layout.hidden(q, B)
-    if bias is not None:
-        bias = bias.expand(-1, -1, q.shape[2], -1)
-    z = core.dense_attention_torch(q, k, v, bias, scale, dropout)  # SG-4
-    return core.split_heads(layout.join_queries(rearrange(z, "n h T d -> n T (h d)")), h)
+    layout, h = Layout(query_shape, ratio, window), q.shape[1]
+    maps = (
+        core.merge_heads(t, shape) for t, shape in zip((q, k, v), (query_shape, *[layout.key_shape] * 2), strict=True)
+    )
+    z = core.dense_attention_torch(*in_windows(*maps, h, layout), scale, dropout)  # SG-4
+    return core.split_heads(joined(z, layout), h)
 
 
 def attention_and_significance(
@@ -194,13 +194,11 @@ def attention_and_significance(
 
     Torch's fused attention keeps no weights; to compute them beside it, for their sums, takes twice the time.
     """
-    B = q.shape[0]
-    q = heads_in_windows(layout.cut_queries(q), heads)
-    k, v = (heads_in_windows(layout.cut_keys(x), heads) for x in (k, v))
-    logits, bias = q @ k.mT * q.shape[-1] ** -0.5, layout.hidden(q, B)
+    images, (q, k, v, bias) = q.shape[0], in_windows(q, k, v, heads, layout)
+    logits = q @ k.mT * q.shape[-1] ** -0.5
     A = (logits if bias is None else logits + bias).softmax(dim=-1)  # SG-4
     z = (F.dropout(A, dropout) if dropout else A).to(v.dtype) @ v
-    return layout.join_queries(rearrange(z, "n h T d -> n T (h d)")), layout.significance(A, B, reading)  # SG-5
+    return joined(z, layout), layout.significance(A, images, reading)  # SG-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,46 +307,35 @@ class HybridScaleAttention(nn.Module):
 
     def guides(self, scale: int) -> bool:
         """Whether the map of a scale is part of the significance."""
-        only = {"local": min, "global": max}.get(self.guidance)
-        return self.guidance != "constant" and (only is None or scale == only(self.scales))
+        only = {"hybrid": self.scales, "local": (min(self.scales),), "global": (max(self.scales),), "constant": ()}
+        return scale in only[self.guidance]
 
     def forward(
         self, x: Float[Tensor, "B H W C"], weigh: bool = True
     ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H W"] | None]:
-        """weigh: whether somebody will read the significance; None takes its place otherwise."""
+        """weigh: whether somebody will read the significance, else None takes its place."""
         core.bind(x=(x, f"B H W {self.dim}"))
-        shape, m, parts, maps = tuple(x.shape[1:3]), self.heads // len(self.scales), [], {}
+        shape, heads, kept, parts, maps = tuple(x.shape[1:3]), self.heads // len(self.scales), [], [], {}
         recording, dropout = tracing.recording(), self.attn_drop if self.training else 0.0
-        kept = []
         for group in self.groups:
-            q, k, v = group(x)
-            layout = self.layout(shape, group.ratio)
-            if recording or (weigh and self.guides(group.ratio)):
-                z, maps[group.ratio] = attention_and_significance(q, k, v, m, layout, self.reading, dropout)
+            s, layout, (q, k, v) = group.ratio, self.layout(shape, group.ratio), group(x)
+            if recording or (weigh and self.guides(s)):
+                z, maps[s] = attention_and_significance(q, k, v, heads, layout, self.reading, dropout)
             else:
-                inputs = (*(core.split_heads(t, m) for t in (q, k, v)), shape, layout.ratio, layout.window)
                 scale = (self.dim // self.heads) ** -0.5
-                if dropout:
-                    z = hybrid_scale_attention_torch(*inputs, scale, dropout)
-                else:
-                    z = hybrid_scale_attention.forms.run(self.implementation, *inputs, scale)
-                z = core.merge_heads(z, shape)
+                z = joined(core.dense_attention_torch(*in_windows(q, k, v, heads, layout), scale, dropout), layout)
             parts.append(z)
             kept.append((q, k, v, layout))
-        z = torch.cat(parts, dim=-1)
+        z, significance = torch.cat(parts, dim=-1), None
         if self.lepe_conv is not None:
             context = self.lepe_conv(rearrange(self.lepe_linear(x), "B H W C -> B C H W"))
             z = z + rearrange(context, "B C H W -> B H W C")
-        significance = self.summed(maps, x) if weigh or recording else None
+        if weigh or recording:
+            guiding = [S for s, S in maps.items() if self.guides(s)]
+            significance = sum(guiding) if guiding else x.new_ones(x.shape[:3])  # SG-5
         if recording:
             tracing.keep(self, HybridScaleRecord(self, kept, z, maps, significance))
         return self.proj(z), significance
-
-    def summed(self, maps: dict[int, Float[Tensor, "B H W"]], like: Tensor) -> Float[Tensor, "B H W"]:
-        """The significance of all heads that guide."""
-        if self.guidance == "constant":
-            return like.new_ones(like.shape[:3])
-        return sum(S for scale, S in maps.items() if self.guides(scale))  # SG-5
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, scales={self.scales}, window={self.window}, reading={self.reading!r}"
@@ -385,50 +372,56 @@ class HybridScaleRecord(tracing.Record):
     def __init__(self, layer: HybridScaleAttention, groups: list, z: Tensor, maps: dict, significance: Tensor):
         m = layer.heads // len(groups)
         self.query_shape, self.heads, self.exact = tuple(z.shape[1:3]), layer.heads, layer.lepe_conv is None
-        self.scales = [s for s in layer.scales for _ in range(m)]
         self.layouts = [layout for *_, layout in groups for _ in range(m)]
-        maps_of = lambda place: [t for g in groups for t in core.split_heads(g[place][:1], m)[0]]  # noqa: E731
-        self.q, self.k, self.v = (maps_of(place) for place in range(3))  # of each head: scales differ in their keys
+        self.scales = [layout.ratio for layout in self.layouts]
+        # Tensors of each head apart, since scales differ in how many keys they have.
+        self.q, self.k, self.v = (
+            [t for group in groups for t in core.split_heads(group[n][:1], m)[0]] for n in range(3)
+        )
         self.z = core.split_heads(z, layer.heads)[0]
         self.maps, self.significance = {s: S[0] for s, S in maps.items()}, significance[0]
 
-    def numbers(self, head: int) -> tuple[Num[Tensor, " L"], Num[Tensor, " N"]]:
-        """The windows of the queries, and of the merged tokens."""
-        layout = self.layouts[head]
-        side, (H, W) = layout.window or max(self.query_shape), layout.key_shape
-        number = lambda i, j: (i[:, None] * W + j[None, :]).flatten()  # noqa: E731
-        rows, cols = (torch.arange(n, device=self.z.device) for n in self.query_shape)
-        queries = number(rows // (layout.ratio * side), cols // (layout.ratio * side))
-        return queries, number(torch.arange(H, device=self.z.device) // side, cols[:W] // side)
+    def merged(self, head: int) -> Int[Tensor, " S"]:
+        """The merged token that every cell belongs to."""
+        self.check_head(head)
+        numbers = torch.arange(len(self.k[head]), device=self.z.device).reshape(1, *self.layouts[head].key_shape)
+        return self.layouts[head].spread(numbers).flatten()
 
-    def cells_of(self, head: int) -> Float[Tensor, "N S"]:
-        """Which cells each merged token was made of, as a 0/1 matrix."""
-        layout, (H, W) = self.layouts[head], self.query_shape
-        number = torch.arange(len(self.k[head]), device=self.z.device).reshape(1, -1)
-        layout = Layout(layout.shape, layout.ratio, None)
-        return F.one_hot(layout.spread(number).flatten(), number.shape[1]).mT.to(self.z)
+    def windows(self, head: int) -> Int[Tensor, " S"]:
+        """The window that every cell belongs to."""
+        self.check_head(head)
+        side = max(self.query_shape) if self.layouts[head].whole else self.layouts[head].queries[1]
+        rows, cols = (torch.arange(n, device=self.z.device) // side for n in self.query_shape)
+        return (rows[:, None] * len(cols) + cols).flatten()
+
+    def read(self, head: int) -> Bool[Tensor, "L N"]:
+        """Which merged tokens a query reads: those of its window."""
+        windows, of_key = self.windows(head), torch.empty(len(self.k[head]), dtype=torch.int64, device=self.z.device)
+        of_key[self.merged(head)] = windows
+        return windows[:, None] == of_key
+
+    def mean(self, head: int) -> Float[Tensor, "N S"]:
+        """The matrix that takes the mean over the cells of every merged token."""
+        cells = F.one_hot(self.merged(head), len(self.k[head])).mT.to(self.z)
+        return cells / cells.sum(dim=1, keepdim=True)
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         self.check_head(head)
-        queries, keys = self.numbers(head)
-        bias = torch.zeros(len(queries), len(keys)).to(self.z)
-        bias = bias.masked_fill(queries[:, None] != keys[None, :], -torch.inf)
-        return core.attention_weights(self.q[head], self.k[head], bias, self.q[head].shape[-1] ** -0.5)
+        bias = torch.zeros_like(self.read(head), dtype=self.z.dtype).masked_fill(~self.read(head), -torch.inf)
+        return core.attention_weights(self.q[head], self.k[head], bias, self.z.shape[-1] ** -0.5)
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
         """Attention to a merged token, shared equally by its cells."""
-        cells = self.cells_of(head) if self.weights(head) is not None else None
-        return self.weights(head) @ (cells / cells.sum(dim=1, keepdim=True))
+        return self.weights(head) @ self.mean(head)
 
     def value(self, head: int = 0) -> Float[Tensor, "S d"]:
+        """At every cell the value of its merged token."""
         self.check_head(head)
-        return self.cells_of(head).mT @ self.v[head]
+        return self.v[head][self.merged(head)]
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The centres of the merged tokens of the query's window, whatever their weight."""
         self.check_head(head)
-        queries, keys = self.numbers(head)
-        query, cells = self.query(row, col), self.cells_of(head)
-        read = keys == queries[query]
-        centres = (cells / cells.sum(dim=1, keepdim=True)) @ self.cells().to(cells)
-        return tracing.Keys(centres[read], self.weights(head)[query][read])
+        query, centres = self.query(row, col), self.mean(head) @ self.cells().to(self.z)
+        read = self.read(head)[query]
+        return tracing.Keys(centres[read], self.weights(head)[query, read])

@@ -1,7 +1,7 @@
-"""SG-Former (ICCV 2023): blocks with hybrid-scale and with self-guided attention in turn, full attention at the end.
+"""SG-Former (ICCV 2023): blocks with hybrid-scale and with self-guided attention in turn.
 
-    stem        3 x 3 convolutions of strides 2, 1, 2 with group norm, LayerNorm, position table                H/4 x W/4
-    stage 1-3   (block with hybrid-scale attention, block with self-guided attention) x N / 2, LayerNorm     Table 1
+    stem        3 x 3 convolutions of strides 2, 1, 2 with group norm, LayerNorm, position table           H/4 x W/4
+    stage 1-3   (block with hybrid-scale attention, block with self-guided attention) x N / 2, LayerNorm  Table 1
     stage 4     (block with full attention) x N
     between     1 x 1, depthwise 3 x 3 of stride 2, 1 x 1, with group norm: half the side
     head        LayerNorm, global average, Linear
