@@ -64,7 +64,7 @@ def hybrid_scale_attention_loops(q, k, v, query_shape, ratio, window, scale):
 def significance_loops(q, k, query_shape, ratio, window, scale, reading):
     """SG-5 of one group of heads, (B, H, W): sums as printed, or means over heads and queries times the keys."""
     B, (H, W) = q.shape[0], query_shape
-    asked, given, count = ({}, {}, {})
+    asked, given, count = {}, {}, {}
     for b, _, keys, weights in attention_loops(q.detach(), k.detach(), query_shape, ratio, window, scale):
         for key, weight in zip(keys, weights, strict=True):
             given[b, *key] = given.get((b, *key), 0) + weight  # SG-5
@@ -151,11 +151,8 @@ class Layout:
             A = (A.unflatten(0, (images, -1)) * queries[:, None, :, None]).flatten(0, 1)
         S = A.sum(dim=(1, 2))  # SG-5
         if reading == "mean":
-            Tq, Tk = (
-                number if inside is None else inside.sum(dim=1).repeat(images)[:, None]
-                for number, inside in ((Tq, queries), (Tk, keys))
-            )
-            S = S * (Tk / (h * Tq))
+            count = lambda T, real: T if real is None else real.sum(dim=1).repeat(images)[:, None]  # noqa: E731
+            S = S * (count(Tk, keys) / (h * count(Tq, queries)))
         return self.spread(self.join(S[..., None], *self.keys)[..., 0])
 
 
@@ -174,23 +171,13 @@ def joined(z: Float[Tensor, "n h T d"], layout: Layout) -> Float[Tensor, "B H W 
 def hybrid_scale_attention_torch(q, k, v, query_shape, ratio, window, scale, dropout=0.0):
     """SG-4 by torch's attention inside every window."""
     layout, h = Layout(query_shape, ratio, window), q.shape[1]
-    maps = (
-        core.merge_heads(t, shape) for t, shape in zip((q, k, v), (query_shape, *[layout.key_shape] * 2), strict=True)
-    )
-    z = core.dense_attention_torch(*in_windows(*maps, h, layout), scale, dropout)  # SG-4
+    q, k, v = core.merge_heads(q, query_shape), *(core.merge_heads(t, layout.key_shape) for t in (k, v))
+    z = core.dense_attention_torch(*in_windows(q, k, v, h, layout), scale, dropout)  # SG-4
     return core.split_heads(joined(z, layout), h)
 
 
-def attention_and_significance(
-    q: Float[Tensor, "B H W C"],
-    k: Float[Tensor, "B HK WK C"],
-    v: Float[Tensor, "B HK WK C"],
-    heads: int,
-    layout: Layout,
-    reading: str,
-    dropout: float = 0.0,
-) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H W"]]:
-    """SG-4 and SG-5 of one group of heads, from one softmax.
+def attention_and_significance(q, k, v, heads: int, layout: Layout, reading: str, dropout: float = 0.0):
+    """SG-4 and SG-5 of one group of heads, from one softmax: maps (B, H, W, C) to z and the significance (B, H, W).
 
     Torch's fused attention keeps no weights; to compute them beside it, for their sums, takes twice the time.
     """
@@ -337,9 +324,6 @@ class HybridScaleAttention(nn.Module):
             tracing.keep(self, HybridScaleRecord(self, kept, z, maps, significance))
         return self.proj(z), significance
 
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, scales={self.scales}, window={self.window}, reading={self.reading!r}"
-
 
 def check_scales(scales: object, heads: int) -> tuple[int, ...]:
     """`scales` as a tuple; raises TypeError, ValueError unless they are distinct and divide the heads into groups."""
@@ -374,10 +358,8 @@ class HybridScaleRecord(tracing.Record):
         self.query_shape, self.heads, self.exact = tuple(z.shape[1:3]), layer.heads, layer.lepe_conv is None
         self.layouts = [layout for *_, layout in groups for _ in range(m)]
         self.scales = [layout.ratio for layout in self.layouts]
-        # Tensors of each head apart, since scales differ in how many keys they have.
-        self.q, self.k, self.v = (
-            [t for group in groups for t in core.split_heads(group[n][:1], m)[0]] for n in range(3)
-        )
+        by_head = lambda n: [t for group in groups for t in core.split_heads(group[n][:1], m)[0]]  # noqa: E731
+        self.q, self.k, self.v = (by_head(n) for n in range(3))  # lists: scales differ in how many keys they have
         self.z = core.split_heads(z, layer.heads)[0]
         self.maps, self.significance = {s: S[0] for s, S in maps.items()}, significance[0]
 

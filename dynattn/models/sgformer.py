@@ -64,17 +64,20 @@ def initialise_published(module: nn.Module) -> None:
 
 
 class Convolutions(nn.Module):
-    """Convolutions without bias, each with a group norm of one group, GELU in between: channels-last to channels-last.
+    """Convolutions without bias, each with a norm, GELU in between: channels-last to channels-last.
 
-    layers: (kernel, stride, channels out, groups of the convolution) of each.
+    norm: "group" (of one group) or "batch".  layers: kernel, stride, channels out, groups of each convolution.
     """
 
-    def __init__(self, channels: int, *layers: tuple[int, int, int, int]):
+    def __init__(self, channels: int, norm: str, *layers: tuple[int, int, int, int]):
         super().__init__()
         parts: list[nn.Module] = []
         for kernel, stride, out, groups in layers:
             conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-            parts += [nn.GELU()] * bool(parts) + [conv, nn.GroupNorm(1, out)]
+            parts += [nn.GELU()] * bool(parts) + [
+                conv,
+                nn.GroupNorm(1, out) if norm == "group" else nn.BatchNorm2d(out),
+            ]
             channels = out
         self.convs = nn.Sequential(*parts)
 
@@ -94,15 +97,20 @@ def sines(shape: tuple[int, int], channels: int) -> Float[Tensor, "C H W"]:
 
 
 class Stem(nn.Module):
-    """(B, H, W, C) to (B, ceil(H / 4), ceil(W / 4), out): convolutions, LayerNorm, a table of positions that learns."""
+    """(B, H, W, C) to (B, ceil(H / 4), ceil(W / 4), out): convolutions, LayerNorm, a table of positions that learns.
 
-    def __init__(self, channels: int, out: int, map_size: tuple[int, int]):
+    map_size: of the table, or None for a stem without one.
+    """
+
+    def __init__(self, channels: int, out: int, norm: str, map_size: tuple[int, int] | None):
         super().__init__()
-        self.proj = Convolutions(channels, (3, 2, out, 1), (3, 1, out, 1), (3, 2, out, 1))
-        self.norm, self.table = nn.LayerNorm(out), nn.Parameter(sines(map_size, out))
+        self.proj = Convolutions(channels, norm, (3, 2, out, 1), (3, 1, out, 1), (3, 2, out, 1))
+        self.norm, self.table = nn.LayerNorm(out), None if map_size is None else nn.Parameter(sines(map_size, out))
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         x = self.norm(self.proj(x))
+        if self.table is None:
+            return x
         table = core.resize_table(self.table, tuple(x.shape[1:3]))
         return x + rearrange(table, "C H W -> H W C").to(x.dtype)
 
@@ -203,6 +211,8 @@ class SGFormer(Backbone):
         rates: Sequence[Sequence[int]] = ((196, 56, 56, 28), (49, 14, 14, 7), (2, 1)),
         window: int = 7,
         mlp_ratio: int = 4,
+        norm: str = "group",
+        positions: bool = True,
         guidance: str = "hybrid",
         guided: bool = True,
         variant: str = "official",
@@ -222,6 +232,7 @@ class SGFormer(Backbone):
         core.one_of("variant", variant, tuple(VARIANTS))
         core.rate("drop_rate", drop_rate)
         core.rate("proj_drop_rate", proj_drop_rate)
+        core.one_of("norm", norm, ("group", "batch"))
         scales = scales[variant] if isinstance(scales, Mapping) else scales
         count = check_stages(depths, heads=heads)
         given = dict(
@@ -248,17 +259,18 @@ class SGFormer(Backbone):
         def down(i: int) -> nn.Module:
             """What brings the map to stage i."""
             wide = dims[i]
-            return Convolutions(dims[i - 1], (1, 1, wide, 1), (3, 2, wide, wide), (1, 1, wide, 1))
+            return Convolutions(dims[i - 1], norm, (1, 1, wide, 1), (3, 2, wide, wide), (1, 1, wide, 1))
 
         drop = dict(proj_drop=proj_drop_rate)
-        self.embed = Stem(in_chans, dims[0], tuple(-(-side // 4) for side in self.img_size))
+        map_size = tuple(-(-side // 4) for side in self.img_size) if positions else None
+        self.embed = Stem(in_chans, dims[0], norm, map_size)
         self.stages = nn.ModuleList()
         for i, drops in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
             blocks = [
                 SGBlock(dims[i], attention(i, d), mlp_ratio, drop_path=rate, **drop) for d, rate in enumerate(drops)
             ]
-            norm = nn.LayerNorm(dims[i], eps=1e-6) if i < count - 1 else nn.Identity()
-            self.stages.append(SGStage(down(i) if i else nn.Identity(), blocks, norm))
+            last = nn.LayerNorm(dims[i], eps=1e-6) if i < count - 1 else nn.Identity()
+            self.stages.append(SGStage(down(i) if i else nn.Identity(), blocks, last))
         self.norm = nn.LayerNorm(dims[count - 1], eps=1e-6)
         self.add_head(drop_rate)
         self.apply(initialise_published)
@@ -277,7 +289,7 @@ class SGFormer(Backbone):
             return core.resize_table(square, tuple(self.embed.table.shape[1:]))
 
         names = {name: Entry(self.published_name(name)) for name in self.state_dict()}
-        return names | {"embed.table": Entry("pos_embed", table)}
+        return names if self.embed.table is None else names | {"embed.table": Entry("pos_embed", table)}
 
     def published_name(self, name: str) -> str:
         """What the published code calls one of our entries."""
@@ -328,6 +340,8 @@ MINI = dict(
     scales=((4, 1), (2, 1)),
     rates=((64, 16, 16, 8), (16, 4, 4, 2)),
     window=8,
+    norm="batch",
+    positions=False,
     variant="paper",
     drop_path_rate=0.05,
 )
