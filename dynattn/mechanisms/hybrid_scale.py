@@ -369,16 +369,12 @@ class HybridScaleRecord(tracing.Record):
         numbers = torch.arange(len(self.k[head]), device=self.z.device).reshape(1, *self.layouts[head].key_shape)
         return self.layouts[head].spread(numbers).flatten()
 
-    def windows(self, head: int) -> Int[Tensor, " S"]:
-        """The window that every cell belongs to."""
-        self.check_head(head)
-        side = max(self.query_shape) if self.layouts[head].whole else self.layouts[head].queries[1]
-        rows, cols = (torch.arange(n, device=self.z.device) // side for n in self.query_shape)
-        return (rows[:, None] * len(cols) + cols).flatten()
-
     def read(self, head: int) -> Bool[Tensor, "L N"]:
         """Which merged tokens a query reads: those of its window."""
-        windows, of_key = self.windows(head), torch.empty(len(self.k[head]), dtype=torch.int64, device=self.z.device)
+        side = max(self.query_shape) if self.layouts[head].whole else self.layouts[head].queries[1]
+        rows, cols = (torch.arange(n, device=self.z.device) // side for n in self.query_shape)
+        windows = (rows[:, None] * len(cols) + cols).flatten()
+        of_key = torch.empty_like(self.k[head][:, 0], dtype=torch.int64)
         of_key[self.merged(head)] = windows
         return windows[:, None] == of_key
 

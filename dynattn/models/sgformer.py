@@ -28,6 +28,7 @@ and SG-Former-B has four and three scales in stages 1 and 2. Each keyword can be
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isqrt
 
 import torch
 from einops import rearrange
@@ -42,7 +43,7 @@ from dynattn.mechanisms.dense import DenseRecord
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention
 from dynattn.mechanisms.self_guided import SelfGuidedAttention
 from dynattn.models.layers import Backbone, Stage, check_dtype, check_stages, drop_path_rates, initialise
-from dynattn.models.published import Entry
+from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 
 VARIANTS = {
@@ -154,11 +155,22 @@ class SGBlock(nn.Module):
     """Attention and a feed-forward network, each beside an identity: a map and the significance that came with it, to
     a map and the significance for the next block.
 
-    Stochastic depth drops either branch with probability `drop_path`; `proj_drop` is the dropout of what they put out.
+    weigh: whether the next block reads the significance.  Stochastic depth drops either branch with probability
+    `drop_path`; `proj_drop` is the dropout of what they put out.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, ratio: int, *, drop_path: float = 0.0, proj_drop: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        ratio: int,
+        *,
+        weigh: bool = False,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
         super().__init__()
+        self.weigh = weigh
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), attn
         self.norm2, self.ffn = nn.LayerNorm(dim, eps=1e-6), ConvFFN(dim, ratio)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -169,7 +181,7 @@ class SGBlock(nn.Module):
     ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H W"] | None]:
         y, found = self.norm1(x), None
         if isinstance(self.attn, HybridScaleAttention):
-            y, found = self.attn(y)
+            y, found = self.attn(y, self.weigh)
         elif isinstance(self.attn, SelfGuidedAttention):
             y = self.attn(y, significance)
         else:
@@ -196,7 +208,21 @@ class SGStage(Stage):
 
 
 class SGFormer(Backbone):
-    """SG-Former: (B, in_chans, H, W) to (B, num_classes), for any H and W."""
+    """SG-Former and its ablations: (B, in_chans, H, W) to (B, num_classes), for any H and W.
+
+    img_size: the (H, W) that sizes the position table; at another size it is resized (bicubic).  dims, depths, heads:
+    by stage; depths count blocks, which take turns.  scales: s of the groups of heads, for every stage but the last,
+    the largest first, or that by variant; one scale in each is "single scale" of Table 6.  rates: r of the sub-regions,
+    the least significant first, for every stage but the last.  window: M.  mlp_ratio: e.
+    norm: "group" or "batch", behind the convolutions of the stem and between the stages.  positions: whether there is a
+    table of positions.  guidance: what guides (Table 7), see `HybridScaleAttention`.  guided: without it, all blocks
+    are hybrid-scale ones, as Table 6 seems to have them.
+    variant, reading, aggregate, shared, global_scale, merge_norm, lepe: see the head of this file.
+    global_pool: "avg", "max", or "" where num_classes is 0.  drop_rate: dropout before the classifier.  attn_drop_rate,
+    proj_drop_rate: of attention weights, and of what the two branches of a block put out.  drop_path_rate: stochastic
+    depth of the last block.
+    Raises ValueError, TypeError for arguments that do not fit together. Source: SG-Former section 3, Table 1.
+    """
 
     def __init__(
         self,
@@ -235,6 +261,7 @@ class SGFormer(Backbone):
         core.one_of("norm", norm, ("group", "batch"))
         scales = scales[variant] if isinstance(scales, Mapping) else scales
         count = check_stages(depths, heads=heads)
+        check_stages([1] * (count - 1) or [1], scales=scales, rates=rates)
         given = dict(
             reading=reading,
             aggregate=aggregate,
@@ -261,13 +288,15 @@ class SGFormer(Backbone):
             wide = dims[i]
             return Convolutions(dims[i - 1], norm, (1, 1, wide, 1), (3, 2, wide, wide), (1, 1, wide, 1))
 
-        drop = dict(proj_drop=proj_drop_rate)
         map_size = tuple(-(-side // 4) for side in self.img_size) if positions else None
         self.embed = Stem(in_chans, dims[0], norm, map_size)
         self.stages = nn.ModuleList()
         for i, drops in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
+            layers = [attention(i, d) for d in range(len(drops))]
+            reads = [isinstance(layer, SelfGuidedAttention) for layer in (*layers[1:], None)]  # what comes before it
             blocks = [
-                SGBlock(dims[i], attention(i, d), mlp_ratio, drop_path=rate, **drop) for d, rate in enumerate(drops)
+                SGBlock(dims[i], layer, mlp_ratio, weigh=weigh, drop_path=rate, proj_drop=proj_drop_rate)
+                for layer, weigh, rate in zip(layers, reads, drops, strict=True)
             ]
             last = nn.LayerNorm(dims[i], eps=1e-6) if i < count - 1 else nn.Identity()
             self.stages.append(SGStage(down(i) if i else nn.Identity(), blocks, last))
@@ -284,7 +313,7 @@ class SGFormer(Backbone):
         """What the published code calls our entries; the position table is resized."""
 
         def table(entry: Tensor) -> Tensor:
-            side = round(entry.shape[1] ** 0.5)
+            side = isqrt(entry.shape[1])
             square = rearrange(entry, "1 (H W) C -> C H W", H=side)
             return core.resize_table(square, tuple(self.embed.table.shape[1:]))
 
@@ -322,6 +351,19 @@ class SGFormer(Backbone):
         return f"block{int(found[1]) + 1}.{found[2]}.{rest}"
 
 
+def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The `create_model` name and arguments that fit a published SG-Former."""
+    names = {(64, 16): "sgformer_small", (64, 28): "sgformer_medium", (96, 24): "sgformer_base"}
+    blocks = {key.split(".")[1] for key in state if key.startswith("block3.")}
+    found = len(state["patch_embed1.conv.0.c.weight"]), len(blocks)
+    if found not in names:
+        size = f"{found[0]} channels in stage 1, {found[1]} blocks in stage 3"
+        raise ValueError(f"state_dict: an SG-Former that is none of the published ones: {size}")
+    classes, side = len(state["head.weight"]) if "head.weight" in state else 0, isqrt(state["pos_embed"].shape[1])
+    options = ({} if classes == 1000 else {"num_classes": classes}) | ({} if side == 56 else {"img_size": 4 * side})
+    return names[found], options
+
+
 SMALL = dict()
 MEDIUM = dict(depths=(2, 6, 28, 2), heads=(2, 4, 8, 16), drop_path_rate=0.2)
 BASE = dict(
@@ -350,3 +392,5 @@ register_model("sgformer_small", SGFormer, **SMALL)
 register_model("sgformer_medium", SGFormer, **MEDIUM)
 register_model("sgformer_base", SGFormer, **BASE)
 register_model("sgformer_mini", SGFormer, **MINI)
+
+register_published("patch_embed1.conv.0.c.weight", identify)
