@@ -8,14 +8,11 @@ window, and everybody reads everything:
     A_i = softmax(P(Q_i) P(K_i)^T / sqrt(d)),   h_i = A_i P(V_i)                 P: windows                      SG-4
     S_i[k] = sum_q A_i[q, k],   S = sum_i S_i                                    the significance of a token     SG-5
 
-Merge is a convolution of stride s_j, and nothing for s_j = 1. A merged token hands its significance to all cells that
-it was made of. By SG-5 as it is printed ("sum") a scale weighs s^2 as much as no merging. The published code ("mean")
-takes means over queries and heads instead, so that all scales weigh the same; here each is brought to a mean of 1,
-without which at other sizes of the map one scale would fade. The significance has no gradient: tokens are sorted by it
-(`self_guided.py`). Ledger: papers/sgformer.toml. Beside the letters of `core`:
-
-    s   scale: merged tokens stand for s x s cells      M   side of a window in merged tokens      S   significance
-    u w row and column of a merged token
+Merge is a convolution of stride s_j, and nothing for s_j = 1. A merged token hands its significance to all its cells.
+By SG-5 as printed ("sum") a scale weighs s^2 times as much as no merging. The published code ("mean") takes means over
+queries and heads, so that scales weigh the same; here each has a mean of 1, without which at other sizes of the map one
+would fade. The significance has no gradient: tokens are sorted by it (`self_guided.py`). Ledger: papers/sgformer.toml.
+Beside the letters of `core`: u, w row and column of a merged token; S significance.
 """
 
 from dataclasses import dataclass
@@ -43,13 +40,10 @@ def attention_loops(q, k, query_shape, ratio, window, scale):
     together = lambda i, u: window is None or i // (ratio * window) == u // window  # noqa: E731
     for b in range(B):
         for m in range(h):
-            for i in range(H):
-                for j in range(W):
-                    keys = [(u, w) for u in range(HK) for w in range(WK) if together(i, u) and together(j, w)]
-                    logits = [
-                        sum(q[b, m, i * W + j, c] * k[b, m, u * WK + w, c] for c in range(d)) * scale for u, w in keys
-                    ]
-                    yield b, m, keys, core.softmax_loops(logits)  # SG-4
+            for i, j in ((l // W, l % W) for l in range(H * W)):
+                keys = [(u, w) for u in range(HK) for w in range(WK) if together(i, u) and together(j, w)]
+                dot = lambda n: sum(q[b, m, i * W + j, c] * k[b, m, n, c] for c in range(d))  # noqa: B023, E731
+                yield b, m, keys, core.softmax_loops([dot(u * WK + w) * scale for u, w in keys])  # SG-4
 
 
 def hybrid_scale_attention_loops(q, k, v, query_shape, ratio, window, scale):
@@ -168,23 +162,27 @@ def joined(z: Float[Tensor, "n h T d"], layout: Layout) -> Float[Tensor, "B H W 
     return layout.join(rearrange(z, "n h T d -> n T (h d)"), *layout.queries)
 
 
-def hybrid_scale_attention_torch(q, k, v, query_shape, ratio, window, scale, dropout=0.0):
+def hybrid_scale_attention_torch(q, k, v, query_shape, ratio, window, scale):
     """SG-4 by torch's attention inside every window."""
     layout, h = Layout(query_shape, ratio, window), q.shape[1]
     q, k, v = core.merge_heads(q, query_shape), *(core.merge_heads(t, layout.key_shape) for t in (k, v))
-    z = core.dense_attention_torch(*in_windows(q, k, v, h, layout), scale, dropout)  # SG-4
+    z = core.dense_attention_torch(*in_windows(q, k, v, h, layout), scale)  # SG-4
     return core.split_heads(joined(z, layout), h)
 
 
-def attention_and_significance(q, k, v, heads: int, layout: Layout, reading: str, dropout: float = 0.0):
+def attention_and_significance(q, k, v, heads: int, layout: Layout, reading: str, impl: str, dropout: float = 0.0):
     """SG-4 and SG-5 of one group of heads, from one softmax: maps (B, H, W, C) to z and the significance (B, H, W).
 
     Torch's fused attention keeps no weights; to compute them beside it, for their sums, takes twice the time.
     """
     images, (q, k, v, bias) = q.shape[0], in_windows(q, k, v, heads, layout)
-    logits = q @ k.mT * q.shape[-1] ** -0.5
+    form, scale = core.dense_attention.forms.chosen(impl, q), q.shape[-1] ** -0.5
+    logits = q @ k.mT * scale
     A = (logits if bias is None else logits + bias).softmax(dim=-1)  # SG-4
-    z = (F.dropout(A, dropout) if dropout else A).to(v.dtype) @ v
+    if dropout or form is core.dense_attention_torch:
+        z = (F.dropout(A, dropout) if dropout else A).to(v.dtype) @ v  # SG-4
+    else:
+        z = form(q, k, v, bias, scale)
     return joined(z, layout), layout.significance(A, images, reading)  # SG-5
 
 
@@ -230,7 +228,7 @@ def hybrid_scale_attention(
 class HeadGroup(nn.Module):
     """The queries, merged keys and merged values of one group of heads (SG-3): (B, H, W, C) to three maps.
 
-    ratio: s.  width: channels of the group.  norm: LayerNorm and GELU behind the convolution, as the published code.
+    ratio: s.  width: channels of the group.  norm: LayerNorm and GELU behind the convolution.
     """
 
     def __init__(self, dim: int, width: int, ratio: int, norm: bool):
@@ -239,13 +237,12 @@ class HeadGroup(nn.Module):
         self.merge = nn.Conv2d(dim, dim, ratio, ratio) if ratio > 1 else None
         self.norm = nn.Sequential(nn.LayerNorm(dim), nn.GELU()) if ratio > 1 and norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B H W c"], ...]:
-        merged = x
-        if self.merge is not None:  # SG-3: a border of zeros completes the last tokens
-            padded = core.pad_map(x, core.padding_to(tuple(x.shape[1:3]), (self.ratio, self.ratio)))
-            merged = self.merge(rearrange(padded, "B H W C -> B C H W"))  # SG-3
-            merged = self.norm(rearrange(merged, "B C HK WK -> B HK WK C"))
-        return self.q(x), *self.kv(merged).chunk(2, dim=-1)  # SG-3
+    def forward(self, x: Float[Tensor, "B H W C"]) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q(x)
+        if self.merge is not None:  # zeros complete the last tokens
+            x = core.pad_map(x, core.padding_to(tuple(x.shape[1:3]), (self.ratio, self.ratio)))
+            x = rearrange(self.merge(rearrange(x, "B H W C -> B C H W")), "B C HK WK -> B HK WK C")  # SG-3
+        return q, *self.kv(self.norm(x)).chunk(2, dim=-1)  # SG-3
 
 
 class HybridScaleAttention(nn.Module):
@@ -260,7 +257,7 @@ class HybridScaleAttention(nn.Module):
     `reading` and `guidance` may be changed at any time.
     """
 
-    implementation, forms = "auto", tuple(hybrid_scale_attention.forms)  # see `dynattn.use_implementation`
+    implementation, forms = "auto", tuple(core.dense_attention.forms)  # see `dynattn.use_implementation`
 
     def __init__(
         self,
@@ -306,11 +303,12 @@ class HybridScaleAttention(nn.Module):
         recording, dropout = tracing.recording(), self.attn_drop if self.training else 0.0
         for group in self.groups:
             s, layout, (q, k, v) = group.ratio, self.layout(shape, group.ratio), group(x)
-            if recording or (weigh and self.guides(s)):
-                z, maps[s] = attention_and_significance(q, k, v, heads, layout, self.reading, dropout)
+            if recording or dropout or (weigh and self.guides(s)):
+                how = layout, self.reading, self.implementation, dropout
+                z, maps[s] = attention_and_significance(q, k, v, heads, *how)
             else:
-                scale = (self.dim // self.heads) ** -0.5
-                z = joined(core.dense_attention_torch(*in_windows(q, k, v, heads, layout), scale, dropout), layout)
+                inputs = *in_windows(q, k, v, heads, layout), (self.dim // self.heads) ** -0.5
+                z = joined(core.dense_attention.forms.run(self.implementation, *inputs), layout)
             parts.append(z)
             kept.append((q, k, v, layout))
         z, significance = torch.cat(parts, dim=-1), None
@@ -329,12 +327,8 @@ def check_scales(scales: object, heads: int) -> tuple[int, ...]:
     """`scales` as a tuple; raises TypeError, ValueError unless they are distinct and divide the heads into groups."""
     if not isinstance(scales, tuple | list) or not scales:
         raise TypeError(f"scales: expected a scale for each group of heads, got {scales!r}")
-    for scale in scales:
-        core.positive("scales", scale)
-    if len(set(scales)) < len(scales):
-        raise ValueError(f"scales: expected distinct scales, got {tuple(scales)}")
-    if heads % len(scales):
-        raise ValueError(f"scales: expected a number of scales that divides {heads} heads, got {tuple(scales)}")
+    if len({core.positive("scales", scale) for scale in scales}) < len(scales) or heads % len(scales):
+        raise ValueError(f"scales: expected distinct scales, as many as divide {heads} heads, got {tuple(scales)}")
     return tuple(scales)
 
 
@@ -358,8 +352,8 @@ class HybridScaleRecord(tracing.Record):
         self.query_shape, self.heads, self.exact = tuple(z.shape[1:3]), layer.heads, layer.lepe_conv is None
         self.layouts = [layout for *_, layout in groups for _ in range(m)]
         self.scales = [layout.ratio for layout in self.layouts]
-        by_head = lambda n: [t for group in groups for t in core.split_heads(group[n][:1], m)[0]]  # noqa: E731
-        self.q, self.k, self.v = (by_head(n) for n in range(3))  # lists: scales differ in how many keys they have
+        # Lists, since scales differ in how many keys they have.
+        self.q, self.k, self.v = ([t for g in groups for t in core.split_heads(g[n][:1], m)[0]] for n in range(3))
         self.z = core.split_heads(z, layer.heads)[0]
         self.maps, self.significance = {s: S[0] for s, S in maps.items()}, significance[0]
 

@@ -225,7 +225,8 @@ class SelfGuidedAttention(nn.Module):
         if self.training and self.attn_drop:
             z = core.dense_attention_torch(q, k, v, None, q.shape[-1] ** -0.5, self.attn_drop)
         else:
-            z = core.dense_attention.forms.run("auto", q, k, v, None, q.shape[-1] ** -0.5)  # SG-1
+            impl = self.implementation if self.implementation in ("auto", *core.dense_attention.forms) else "torch"
+            z = core.dense_attention.forms.run(impl, q, k, v, None, q.shape[-1] ** -0.5)  # SG-1
         if self.lepe_conv is not None:
             context = self.lepe_conv(rearrange(self.lepe_linear(x), "B H W C -> B C H W"))
             z = z + rearrange(context, "B (h d) H W -> B h (H W) d", h=self.heads)
