@@ -311,7 +311,7 @@ EAGER = {
     "routed_attention": eager_routed,
 }
 USUAL = {  # more than a few summands everywhere
-    "aggregate_tokens": dict(B=2, C=3, N=30, rates=(4, 3, 2), cut="even"),
+    "aggregate_tokens": dict(B=2, C=5, N=24, rates=(4, 3, 2), cut="even"),
     "hybrid_scale_attention": dict(B=1, h=2, d=4, H=6, W=5, ratio=2, window=2),
     "bilevel_attention": dict(B=1, h=2, d=4, H=5, W=4, key_shape=(5, 4), regions=2, topk=2),
     "sample_points": dict(B=1, C=3, H=5, W=5, N=8),

@@ -46,9 +46,9 @@ def aggregate(
     found = []
     for n, (part, w) in enumerate(zip(parts, weight.split(list(rates), dim=1), strict=True)):
         part = part.unflatten(1, (groups[n], rates[n])).unflatten(0, (-1, images))
-        tokens = (w[:, None, None, None] @ part).squeeze(3)  # (W, images, groups, C)
-        found.append((tokens + bias[:, n, None, None, None]).flatten(0, 1))  # SG-2
-    return torch.cat(found, dim=1)
+        found.append((w[:, None, None, None] @ part).squeeze(3).flatten(0, 1))  # SG-2
+    biases = torch.cat([bias[:, n, None].expand(-1, count) for n, count in enumerate(groups)], dim=1)
+    return torch.cat(found, dim=1) + biases.repeat_interleave(images, dim=0)[..., None]
 
 
 @lru_cache(maxsize=64)
@@ -73,7 +73,7 @@ def slopes_of_weights(
     groups, W = groups_of(sizes, rates), weight.shape[0]
     dots = dots.split([count * rate for count, rate in zip(groups, rates, strict=True)], dim=1)
     of_weights = [part.reshape(W, -1, rate).sum(dim=1) for part, rate in zip(dots, rates, strict=True)]
-    of_biases = [part.reshape(W, -1).sum(dim=1) for part in grad.split(groups, dim=1)]
+    of_biases = [part.reshape(W, -1).sum(dim=1, dtype=torch.float64) for part in grad.split(groups, dim=1)]
     return torch.cat(of_weights, dim=1), torch.stack(of_biases, dim=1)
 
 
