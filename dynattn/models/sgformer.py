@@ -300,8 +300,7 @@ class SGFormer(Backbone):
             wide = dims[i]
             return Convolutions(dims[i - 1], norm, (1, 1, wide, 1), (3, 2, wide, wide), (1, 1, wide, 1))
 
-        map_size = tuple(-(-side // 4) for side in self.img_size) if positions else None
-        self.embed = Stem(in_chans, dims[0], norm, map_size)
+        self.embed = Stem(in_chans, dims[0], norm, self.table_size() if positions else None)
         self.stages = nn.ModuleList()
         for i, drops in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
             layers = [attention(i, d) for d in range(len(drops))]
@@ -320,6 +319,17 @@ class SGFormer(Backbone):
     def configuration(cls, **options) -> dict:
         """As of every backbone, with the first convolution of its stem."""
         return super().configuration(**options) | dict(first_conv="embed.proj.convs.0")
+
+    def table_size(self) -> tuple[int, int]:
+        """The map behind the stem for an image of `img_size`."""
+        return tuple(-(-side // 4) for side in self.img_size)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of this size (H, W): the table of positions is resized (bicubic)."""
+        super().set_input_size(img_size)
+        if (table := self.embed.table) is not None:
+            resized = core.resize_table(table.detach(), self.table_size())
+            self.embed.table = nn.Parameter(resized, table.requires_grad)
 
     def published_entries(self) -> dict[str, Entry]:
         """What the published code calls our entries; the position table is resized."""
