@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from helpers import normal
+from helpers import compile_for_a_gpu, normal
 from test_hybrid_scale import layer as hybrid_layer
 from test_hybrid_scale import record_of
 from torch import Tensor
@@ -183,6 +183,26 @@ def test_the_kernel_reads_no_memory_of_others(impl):
     x, order, weight, bias, sizes, rates = inputs(1, 5, 2, [2, 3], [2, 2])
     with pytest.raises(ValueError, match="order: expected values from 0 to 4, got 5"):
         ops.aggregate_tokens.forms[impl](x, order + 1, weight, bias, sizes, rates)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not operators.INSTALLED["triton"], reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_kernels_compile_for_a_gpu(dtype):
+    """Without one: the calls as they are, by a driver that compiles for compute capability 9.0 and launches nothing."""
+    compile_for_a_gpu(f"""
+        from dynattn.kernels import aggregation_triton as ranks
+
+        x, order = torch.zeros(2, 30, 70, dtype=torch.{dtype}), torch.zeros(2, 30, dtype=torch.int64)
+        weight, bias = torch.zeros(1, 9, dtype=x.dtype), torch.zeros(1, 3, dtype=x.dtype)
+        (out,) = ranks.forward(x, order, weight, bias, [7, 15, 8], [4, 3, 2])
+        ranks.backward(out, out, x, order, weight, bias, [7, 15, 8], [4, 3, 2])
+        ranks.check_program[1,](order, 60, 30, BLOCK=1024)
+        wanted = {{name for name in vars(ranks) if name.endswith("_program")}}
+        assert (found := {{program.__name__ for program in kernels}}) == wanted, found ^ wanted
+        may_fail = [program for program, one in kernels.items() if "assertfail" in one.asm["ptx"]]
+        assert may_fail == [ranks.check_program]
+    """)
 
 
 # --------------------------------------------------------------------------------------------------- rank, sub-regions
