@@ -362,7 +362,7 @@ def add_bench(commands) -> None:
         "  dynattn bench\n  dynattn bench ops\n  dynattn bench cuda",
     )
     names = (
-        "model, import, figures (in seconds), ops, routed (kernels on the CPU), cuda (on a GPU); default: model import"
+        "model, import, figures (in seconds), ops, routed, ranks (on the CPU), cuda (on a GPU); default: model import"
     )
     sub.add_argument("names", nargs="*", default=[], metavar="NAME", help=names)
 

@@ -20,7 +20,8 @@ class Cost:
     """What one image costs. `params` counts learned numbers; `macs` are multiply-adds.
 
     `macs`: matrix products, convolutions and attention, as torch's flop counter has them, halved. `macs_fvcore` adds
-    what fvcore counts besides, and most papers print: 5 for an element of a LayerNorm, 4 for a bilinear sample.
+    what fvcore counts besides, and most papers print: 5 for an element of a LayerNorm or group norm, 4 for a bilinear
+    sample.
     `macs_biases` adds to `macs` one for every bias that a convolution or linear map adds.
     """
 
@@ -48,6 +49,7 @@ def count(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     aten = torch.ops.aten
     extra = {  # twice the multiply-adds, like everything the counter holds
         aten.native_layer_norm: lambda x, *_, **__: 2 * 5 * prod(x),
+        aten.native_group_norm: lambda x, *_, **__: 2 * 5 * prod(x),
         aten.grid_sampler_2d: lambda *_, out_shape, **__: 2 * 4 * prod(out_shape),
     }
     parameter = next(model.parameters())

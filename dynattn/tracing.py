@@ -178,6 +178,13 @@ class Record:
         self.check_head(head)
         return self.v[head]
 
+    def shares(self, head: int = 0) -> Float[Tensor, "L S"]:
+        """How a query's attention falls on the source tokens, at least 0: by default A_eff, whose numbers are so.
+
+        Rollout carries mass along it. Where tokens are merged with weights that may be negative, this is not A_eff.
+        """
+        return self.effective_matrix(head)
+
     def output(self, head: int = 0) -> Float[Tensor, "L d"]:
         """What the layer computed for this head, before the heads are concatenated."""
         self.check_head(head)
@@ -255,7 +262,7 @@ def roll_out(heat: Float[Tensor, "n L"], records: Sequence[Record]) -> Float[Ten
     """Carry mass on the cells of the last layer back to the cells of the first; each of the n rows sums to 1.
 
     From the last layer to the first: half the mass stays (the residual connection), half moves along the head mean
-    of the effective matrices; between stages a cell hands its mass to the cells it covers (area resize).
+    of `Record.shares`; between stages a cell hands its mass to the cells it covers (area resize).
     """
     shape, stride = records[-1].query_shape, records[-1].stride
     for record in reversed(records):
@@ -264,7 +271,7 @@ def roll_out(heat: Float[Tensor, "n L"], records: Sequence[Record]) -> Float[Ten
             heat = spread(heat.unflatten(1, shape), record.query_shape, factor).flatten(1)
             shape, stride = record.query_shape, record.stride
         n = heat.shape[1]
-        mean = sum(record.effective_matrix(m)[:n, :n].to(heat) for m in range(record.heads)) / record.heads
+        mean = sum(record.shares(m)[:n, :n].to(heat) for m in range(record.heads)) / record.heads
         heat = 0.5 * heat + 0.5 * (heat @ mean)
         heat = heat / heat.sum(dim=1, keepdim=True)
     return heat

@@ -26,7 +26,8 @@ GROUPED_SWEEP = tuple(
 BILEVEL = ("biformer_mini", "debiformer_mini")
 BILEVEL_SEEDS = tuple(f"{name}_seed{seed}" for name in BILEVEL for seed in (1, 2))
 COMPARED = ("swin_mini", "vit_mini", "convnext_mini")
-EVERY = (*SEEDS, *GROUPED, *BILEVEL, *BILEVEL_SEEDS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered")
+PAPERS = (*SEEDS, *GROUPED, *BILEVEL, *BILEVEL_SEEDS, "sgformer_mini")
+EVERY = (*PAPERS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_checkpoint_tells_how_it_was_made(name):
     assert float(last[-1]) == pytest.approx(story["accuracy"], abs=0.01)  # the log's is before rounding to half
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", *BILEVEL])
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", *BILEVEL, "sgformer_mini"])
 def test_minis_are_small(name):
     assert sum(p.numel() for p in create_model(name).parameters()) <= 1_900_000
 
@@ -123,6 +124,7 @@ FLOORS = {
     "dgt_mini": 0.8,
     "biformer_mini": 0.8,
     "debiformer_mini": 0.8,
+    "sgformer_mini": 0.85,
 }
 
 
@@ -169,3 +171,28 @@ def test_pictures_are_traced(name):
 def test_metadata_is_plain_json():
     for name in weights.available():
         json.dumps(weights.read(weights.path(name))[1])
+
+
+def auc(map_: np.ndarray, mask: np.ndarray) -> float:
+    """How often a cell on the object has more significance than one beside it; half where they have the same."""
+    _, number, count = np.unique(map_, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[number].reshape(mask.shape)
+    on, off = mask.sum(), (~mask).sum()
+    return float((rank[mask].sum() - on * (on + 1) / 2) / (on * off))
+
+
+@pytest.mark.slow
+def test_significance_finds_the_object(held_out):
+    """SG-5: of every hybrid-scale layer the AUC against the mask is at least .68, and .05 over another image's mask."""
+    images, _, masks = held_out
+    model, own, other = create_model("sgformer_mini", pretrained=True), {}, {}
+    for n in range(MEASURED):
+        for record in trace(model, torch.from_numpy(images[n])).of_kind("hybrid_scale"):
+            side = images.shape[-1] // record.query_shape[0]
+            map_ = record.significance.numpy().repeat(side, 0).repeat(side, 1)
+            own.setdefault(record.name, []).append(auc(map_, masks[n]))
+            other.setdefault(record.name, []).append(auc(map_, masks[n + MEASURED]))
+    assert len(own) == 3
+    for name in own:
+        found, null = np.mean(own[name]), np.mean(other[name])
+        assert found >= 0.68 and found - null >= 0.05, (name, found, null)

@@ -277,7 +277,10 @@ def test_a_wrong_command_is_told(arguments, told, capsys):
 
 
 def test_a_paper_that_is_not_registered_is_told(capsys):
-    for command, known in (("figures", "'dat', 'dgt'"), ("table", "'biformer', 'dat', 'debiformer', 'dgt'")):
+    for command, known in (
+        ("figures", "'dat', 'dgt'"),
+        ("table", "'biformer', 'dat', 'debiformer', 'dgt', 'sgformer'"),
+    ):
         assert cli.main([command, "--paper", "cat"]) == 2
         assert f"paper: expected one of {known}, got 'cat'" in capsys.readouterr().err
 

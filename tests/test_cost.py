@@ -180,7 +180,9 @@ def test_bad_sizes(size, kind, message, unchecked):
 
 
 def test_unknown_papers():
-    with pytest.raises(ValueError, match="paper: expected one of 'biformer', 'dat', 'debiformer', 'dgt', got 'vit'"):
+    with pytest.raises(
+        ValueError, match="paper: expected one of 'biformer', 'dat', 'debiformer', 'dgt', 'sgformer', got 'vit'"
+    ):
         cost.table("vit")
 
 

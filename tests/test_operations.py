@@ -16,8 +16,9 @@ from helpers import in_dtype, in_float32, median_errors
 from torch import Tensor
 
 from dynattn import core, verify
-from dynattn.kernels import deformable, grouped, operators, sampling
+from dynattn.kernels import aggregation, deformable, grouped, operators, sampling
 from dynattn.mechanisms import bilevel, dynamic_group
+from dynattn.mechanisms import hybrid_scale as hybrid
 from dynattn.mechanisms.window import Layout
 from dynattn.verify.cases import OPERATIONS
 
@@ -135,6 +136,24 @@ EDGES = {
         (1, 2, 1, 3, 1, (3, 4), 4, 12, None),  # more regions than cells, all of them read
         (1, 1, 19, 2, 2, (2, 2), 2, 1, None),  # more than a register of channels
     ),
+    "aggregate_tokens": sizes(
+        "B C N rates cut",
+        (2, 3, 9, (4, 3, 2), "even"),  # two short groups
+        (1, 1, 1, (1,), "even"),
+        (1, 2, 2, (11, 1, 3), "even"),  # sub-regions without tokens
+        (2, 1, 7, (3, 1), "any"),
+        (1, 2, 5, (1, 5), "any"),
+        (1, 71, 8, (2, 2, 1), "even"),  # registers of channels, and more
+    ),
+    "hybrid_scale_attention": sizes(
+        "B h d H W ratio window scale",
+        (2, 2, 3, 5, 6, 2, 2, 1.7),  # padded in rows: cells and merged tokens
+        (1, 1, 1, 1, 1, 1, None, None),
+        (1, 2, 2, 3, 5, 1, 2, None),  # windows without merging
+        (1, 1, 2, 6, 4, 3, None, 0.4),  # everybody reads all
+        (1, 2, 1, 4, 4, 2, 3, None),  # one window, larger than the map
+        (1, 1, 2, 1, 6, 2, 1, None),  # one merged token for a window
+    ),
 }
 AT_EDGES = [(*form, number) for form in FORMS for number in range(len(EDGES[form[0]]))]
 
@@ -153,7 +172,7 @@ def test_every_operation_has_edges_and_an_eager_form():
 
 @pytest.mark.parametrize("operation, impl", FORMS)
 def test_the_oracle_passes_every_form(operation, impl):
-    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-9 to DEBI-11 on random cases."""
+    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-9 to DEBI-11, SG-2, SG-4 on random cases."""
     verify.check(operation, run(operation, impl), seed=100, cases=4 if impl == "triton" else 20)
 
 
@@ -175,7 +194,8 @@ def test_views_equal_the_loops(operation, impl):
         verify.compare(operation, run(operation, impl), *call.arguments.values(), **call.options)
     call = edge(operation)
     same_in_all_images = lambda x: x[:1].expand(x.shape) if isinstance(x, Tensor) else x  # noqa: E731
-    same_in_all_heads = lambda x: x[:, :1].expand(x.shape) if isinstance(x, Tensor) else x  # noqa: E731
+    has_heads = lambda x: isinstance(x, Tensor) and x.ndim > 2  # noqa: E731
+    same_in_all_heads = lambda x: x[:, :1].expand(x.shape) if has_heads(x) else x  # noqa: E731
     options = {name: same_in_all_images(x) for name, x in call.options.items()}
     verify.compare(operation, run(operation, impl), *map(same_in_all_images, call.arguments.values()), **options)
     verify.compare(operation, run(operation, impl), *map(same_in_all_heads, call.arguments.values()), **call.options)
@@ -256,7 +276,30 @@ def eager_bilevel(q, k, v, query_shape, key_shape, *, regions, topk, scale=None)
     return eager_dense(q, k, v, bias=torch.zeros_like(read, dtype=q.dtype).masked_fill(~read, -torch.inf), scale=scale)
 
 
+def eager_aggregate(x, order, weight, bias, sizes, rates):
+    rows, start, at = [], 0, 0
+    for size, rate in zip(sizes, rates, strict=True):
+        ranks = (torch.arange(-(-size // rate) * rate) - (-size % rate)).clamp(min=0) + start
+        cells = torch.nn.functional.one_hot(order[:, ranks], x.shape[1]).to(x).unflatten(1, (-1, rate))
+        rows.append(torch.einsum("bgrn,r->bgn", cells, weight[at : at + rate]))
+        start, at = start + size, at + rate
+    biases = torch.cat([bias[n].expand(row.shape[1]) for n, row in enumerate(rows)])
+    return torch.cat(rows, dim=1) @ x + biases[:, None]
+
+
+def eager_hybrid(q, k, v, query_shape, *, ratio, window=None, scale=None):
+    layout, side = hybrid.Layout(query_shape, ratio, window), window or 100
+    rows, cols = (
+        torch.arange(n)[:, None] // (ratio * side) == torch.arange(nk) // side
+        for n, nk in zip(query_shape, layout.key_shape, strict=True)
+    )
+    read = (rows[:, None, :, None] & cols[None, :, None, :]).flatten(2).flatten(0, 1)
+    return eager_dense(q, k, v, bias=torch.zeros(read.shape).to(q).masked_fill(~read, -torch.inf), scale=scale)
+
+
 EAGER = {
+    "aggregate_tokens": eager_aggregate,
+    "hybrid_scale_attention": eager_hybrid,
     "bilevel_attention": eager_bilevel,
     "sample_points": eager_sample_points,
     "dense_attention": eager_dense,
@@ -267,6 +310,8 @@ EAGER = {
     "routed_attention": eager_routed,
 }
 USUAL = {  # more than a few summands everywhere
+    "aggregate_tokens": dict(B=2, C=5, N=24, rates=(4, 3, 2), cut="even"),
+    "hybrid_scale_attention": dict(B=1, h=2, d=4, H=6, W=5, ratio=2, window=2),
     "bilevel_attention": dict(B=1, h=2, d=4, H=5, W=4, key_shape=(5, 4), regions=2, topk=2),
     "sample_points": dict(B=1, C=3, H=5, W=5, N=8),
     "dense_attention": dict(B=1, h=2, L=6, N=7, d=4, bias=True),
@@ -353,6 +398,7 @@ def test_a_form_three_times_worse_is_caught(operation, dtype):
 # ----------------------------------------------------------------------------------------------------------- operators
 
 OPERATORS = {
+    "aggregate_tokens": aggregation,
     "sample_points": sampling,
     "deformable_attention": deformable,
     "grouped_attention": grouped,

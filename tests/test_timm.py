@@ -25,7 +25,15 @@ def test_the_registry_has_them():
     assert all(map(timm.is_model, dynattn.list_models()))
     assert timm.list_models("dgt_*") == ["dgt_base", "dgt_mini", "dgt_small", "dgt_tiny"]
     shipped = weights.shipped()
-    assert {"dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini"} <= set(shipped)
+    assert {
+        "dat_mini",
+        "dgt_mini",
+        "swin_mini",
+        "vit_mini",
+        "biformer_mini",
+        "debiformer_mini",
+        "sgformer_mini",
+    } <= set(shipped)
     assert [name for name in dynattn.list_models() if timm.is_model_pretrained(name)] == shipped
 
 

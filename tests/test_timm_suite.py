@@ -33,6 +33,8 @@ SMALL = [
     "biformer_tiny",
     "debiformer_mini",
     "debiformer_tiny",
+    "sgformer_mini",
+    "sgformer_small",
 ]
 PYRAMIDS = [name for name in SMALL if name != "vit_mini"]
 SIDE = 96  # of images where a test does not need the model's own size
@@ -226,7 +228,7 @@ def test_groups_of_parameters(name):
         assert sum(len(group["params"]) for group in groups) == len(names)
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name.endswith("_mini")])
 def test_a_step_of_timm_s_optimisers(name):
     model = timm.create_model(name, attn_drop_rate=0.1, proj_drop_rate=0.1, drop_rate=0.1, drop_path_rate=0.1).train()
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)

@@ -21,7 +21,7 @@ from dynattn.mechanisms.dynamic_group import DynamicGroupAttention
 from dynattn.mechanisms.window import WindowAttention
 from dynattn.models.layers import Backbone, PatchEmbedding, Stage
 
-MINIS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini", "swin_mini", "vit_mini"]
+MINIS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini", "sgformer_mini", "swin_mini", "vit_mini"]
 FIRST = {"dat_mini": "embed.convs.0.0", "swin_mini": "patch_embed.stem.convs.0.0"}
 IMAGE = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 

@@ -298,7 +298,10 @@ def test_transforms_add_nothing_to_the_sums():
 # ---------------------------------------------------------------------------------------------------- without numbers
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini"])
+MINIS = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini", "sgformer_mini"]
+
+
+@pytest.mark.parametrize("name", MINIS)
 def test_the_meta_device(name):
     with torch.device("meta"):
         network = dynattn.create_model(name)

@@ -5,6 +5,7 @@ import    `import dynattn` beside `import torch`, each in a new process
 figures   `dynattn figures`, in seconds
 ops       the kernels beside the torch forms and the loops: time, and memory; and as a share of torch.mm's rate
 routed    the same of routed attention, and a multiply-add of BiFormer and DeBiFormer beside one of Swin-T
+ranks     aggregation by rank beside the torch form, and a multiply-add of SG-Former beside one of Swin-T
 cuda      grouped attention on a GPU beside flash attention, flex_attention and others
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-from dynattn.bench import cuda, deformable, grouped, routed
+from dynattn.bench import aggregation, cuda, deformable, grouped, routed
 from dynattn.bench.timing import Benchmark, in_turn, model_over_swin
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ BENCHMARKS = {
     "import": Benchmark("import dynattn / import torch", imports, 1.3),
     "figures": Benchmark("dynattn figures", figures, 180, "s"),
 }
-GROUPS = {"ops": lambda: deformable.rows() | grouped.rows(), "routed": routed.rows}
+GROUPS = {"ops": lambda: deformable.rows() | grouped.rows(), "routed": routed.rows, "ranks": aggregation.rows}
 TABLES = {"cuda": cuda.main}  # with a table of their own
 
 
