@@ -278,7 +278,7 @@ def test_a_wrong_command_is_told(arguments, told, capsys):
 
 def test_a_paper_that_is_not_registered_is_told(capsys):
     for command, known in (
-        ("figures", "'dat', 'dgt'"),
+        ("figures", "'dat', 'debiformer', 'dgt'"),
         ("table", "'biformer', 'dat', 'debiformer', 'dgt', 'sgformer'"),
     ):
         assert cli.main([command, "--paper", "cat"]) == 2

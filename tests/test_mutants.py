@@ -466,7 +466,7 @@ def test_checking_leaves_the_cases_alone():
         (
             lambda: verify.check("sampling", abs),
             ValueError,
-            r"operation: expected one of 'bilevel_attention', .*, got 'sampling'",
+            r"operation: expected one of 'aggregate_tokens', .*, got 'sampling'",
         ),
         (lambda: verify.case("sampling", 0), ValueError, r"operation: expected one of"),
         (lambda: verify.case("sample_points", 0, K=1), ValueError, r"choices: expected one of 'B', 'C', .*, got 'K'"),

@@ -448,7 +448,7 @@ def test_a_dat_of_an_unknown_size(untouched):
 
 
 def test_a_checkpoint_of_another_paper(untouched, shared):
-    state = {key: torch.zeros(shape) for key, shape in listed(shared / "keys_sgformer_small.tsv").items()}
+    state = {key: torch.zeros(shape) for key, shape in listed(shared / "keys_hlg_tiny.tsv").items()}
     message = refusal(untouched, state)
     assert "209 missing: patch_proj.0.weight" in message and f"{len(state)} unexpected: " in message
     assert message.endswith("It is no published model that dynattn knows.")

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -75,7 +76,8 @@ def test_every_test_exists():
 @pytest.mark.parametrize("paper", WITH_LESSON)
 def test_the_audit_shows_every_row(paper):
     """With a number in the place of every name."""
-    (path,) = (ROOT / "notebooks" / "audit").glob(f"*_{paper}.ipynb")
+    lesson = tomllib.loads((papers.FOLDER / f"{paper}.toml").read_text())["lesson"]
+    path = ROOT / "notebooks" / "audit" / f"{lesson}.ipynb"
     cells = nbformat.read(path, as_version=4).cells
     shown = [out.data.get("text/markdown", "") for cell in cells for out in cell.get("outputs", []) if "data" in out]
     (table,) = (text for text in shown if text.startswith("|  | the paper says | the code does |"))

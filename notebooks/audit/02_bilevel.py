@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Audit of BiFormer and DeBiFormer
 #
-# BaoLong et al., ACCV 2024, and Zhu et al., CVPR 2023. This notebook is for looking things up. The
+# BaoLong et al., ACCV, and Zhu et al., CVPR. This notebook is for looking things up. The
 # [lesson](../02_bilevel.ipynb) teaches both layers. Here each claim is asserted where it is made, and every number is
 # computed by the cell above it.
 #
@@ -11,7 +11,7 @@
 # | Any map | regions of maps that $S$ does not divide: padding has no influence |
 # | No gradient | what a gradient knows of routes |
 # | One matrix for two attentions | the effective matrix of DBRA, and what it leaves out |
-# | Cost | the formulas counted, section 7.3 derived again, the time beside the formula |
+# | Cost | the formulas counted, the paper's bound derived again, the time beside the formula |
 # | Kernels | copies of keys, in time and in memory |
 # | The models | Tables 1, 2, 5, 6 and 7 |
 # | Equal to the published code | logits to the last digit |
@@ -196,7 +196,7 @@ for side, C, S, k, r, K in ((56, 64, 7, 4, 8, 9), (28, 128, 7, 8, 4, 7), (14, 38
 say("A counter that looks at every matrix product and convolution agrees exactly, at three sizes.")
 
 # %% [markdown]
-# **Section 7.3 derived again.** The paper bounds the bi-level part by the inequality of arithmetic and geometric means.
+# **The paper's bound derived again.** In its supplement, section 7, the paper bounds the bi-level part by the inequality of arithmetic and geometric means.
 # Let $a = k \cdot HW \cdot N_s$. Routing and attention cost, as the paper counts them,
 #
 # $$C\left(2S^4 + \frac{2a}{S^2}\right) = C\left(2S^4 + \frac{a}{S^2} + \frac{a}{S^2}\right)
