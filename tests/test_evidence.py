@@ -193,3 +193,9 @@ def test_maps_are_held_against_their_own_mask_and_those_of_the_others():
 def test_wrong_arguments(call, error, message, unchecked):
     with pytest.raises(error, match=message):
         call(Striped(True), torch.randn(3, 16, 16))
+
+
+def test_both_are_functions_of_the_figures():
+    from dynattn import figures
+
+    assert (figures.class_map, figures.receptive_field) == (evidence.class_map, evidence.receptive_field)

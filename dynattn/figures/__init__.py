@@ -19,8 +19,11 @@ from tqdm import tqdm
 from dynattn import core, plugins
 
 from . import gallery
+from .evidence import class_map, contribution, receptive_field
 from .run import Paper, Plan, Setting
 from .subjects import load_subject, squeezed
+
+__all__ = ["FIGURES", "Paper", "Plan", "Setting", "class_map", "contribution", "draw", "receptive_field", "register"]
 
 FIGURES: dict[str, Paper] = {}
 
