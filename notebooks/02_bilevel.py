@@ -182,23 +182,22 @@ lesson.agents()
 
 # %% [markdown]
 # The query does not move the agents. It changes their weights: discs grow and shrink, and another agent becomes the
-# heaviest. Agents that would leave the map stop at its edge. In the published code an agent has
-# one number for both directions, so it moves on a diagonal. `debiformer_mini` has two numbers, as the paper says.
+# heaviest. Agents that would leave the map stop at its edge. In the published code an agent has one number for both
+# directions, so it moves on a diagonal. `debiformer_mini` has two numbers, as the paper says.
 #
 # ## 9. What it costs
 #
-# In multiply-adds, with linear maps and LCE: BRA takes
-# $4HWC^2 + S^4C + 2k(HW)^2C/S^2 + 25HWC$. With few regions each region is large, so reading it is
-# expensive. With many regions the affinity is expensive.
-# DBRA pays for $N_s$ agents, which read regions, and $HW$ queries, which read agents.
+# In multiply-adds, with linear maps and LCE: BRA takes $4HWC^2 + S^4C + 2k(HW)^2C/S^2 + 25HWC$. With few regions each
+# region is large, so reading it is expensive. With many regions the affinity is expensive. DBRA pays for $N_s$ agents,
+# which read regions, and $HW$ queries, which read agents.
 
 # %%
 lesson.cost()
 
 # %% [markdown]
-# On one map $S$ and $k$ decide what BRA costs. DBRA's cost hardly depends on $S$. With $S$, $k$ and $r$ fixed both costs grow with $(HW)^2$, as dense attention's
-# does, only with a smaller factor. Windows grow with $HW$. The audit shows what the paper's formula says of this, and
-# measures the time.
+# On one map $S$ and $k$ decide what BRA costs. DBRA's cost hardly depends on $S$. With $S$, $k$ and $r$ fixed both costs
+# grow with $(HW)^2$, as dense attention's does, only with a smaller factor. Windows grow with $HW$. The audit shows what
+# the paper's formula says of this, and measures the time.
 #
 # ## 10. Does it do what the paper says?
 #
@@ -214,8 +213,8 @@ lesson.draw_verdict(found)
 say(lesson.in_words(found))
 
 # %% [markdown]
-# Nothing in the equations asks a region to read regions that are like it: queries and keys come from different linear maps. And one
-# network of each kind decides nothing: look at how far the seeds are apart.
+# Nothing in the equations asks a region to read regions that are like it: queries and keys come from different linear
+# maps. And one network of each kind decides nothing: look at how far the seeds are apart.
 #
 # ## 11. Exercises
 #
