@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -66,13 +65,3 @@ def one_query(count: int, q: Tensor, step: Tensor, at: int) -> Iterator[tuple[fl
         moved = q.clone()
         moved[:, :, at] = moved[:, :, at] + share * step
         yield float(share), moved
-
-
-def inputs_of(model: nn.Module, module: nn.Module, image: Tensor) -> Tensor:
-    """What a module of a model sees of a normalised image (C, H, W)."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    with torch.no_grad():
-        model(image[None])
-    handle.remove()
-    return seen[0]
