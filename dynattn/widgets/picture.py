@@ -41,7 +41,8 @@ def draw(view: View, dpi: int) -> Image.Image:
             (style.mark("o", COLOURS(1.0), 11), "most weight"),
         ]
     if any(one.tokens is not None for _, one in pairs):
-        marks += [(style.mark("s", style.GROUPS[n], 9), f"token {n + 1}") for n in range(len(LIKED))]
+        names = ["liked most", *map(str, range(2, len(LIKED) + 1))]
+        marks += [(style.mark("s", style.GROUPS[n], 9), name) for n, name in enumerate(names)]
     style.key(sheet, marks)
     file = BytesIO()
     sheet.figure.savefig(file, dpi=dpi)
