@@ -41,8 +41,11 @@ def draw(view: View, dpi: int) -> Image.Image:
             (style.mark("o", COLOURS(1.0), 11), "most weight"),
         ]
     if any(one.tokens is not None for _, one in pairs):
-        names = ["liked most", *map(str, range(2, len(LIKED) + 1))]
-        marks += [(style.mark("s", style.GROUPS[n], 9), name) for n, name in enumerate(names)]
+        last = len(LIKED) - 1  # the caption has the others, there is no room here
+        marks += [
+            (style.mark("s", style.GROUPS[0], 9), "token liked most"),
+            (style.mark("s", style.GROUPS[last], 9), f"{last + 1}th"),
+        ]
     style.key(sheet, marks)
     file = BytesIO()
     sheet.figure.savefig(file, dpi=dpi)
