@@ -331,6 +331,13 @@ def add_train(commands) -> None:
     sub.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default: 0)")
     sub.add_argument("--fresh", action="store_true", default=argparse.SUPPRESS, help="start over instead of going on")
     sub.add_argument("--workers", type=int, metavar="N", help="processes that draw the images (default: 2)")
+    sub.add_argument(
+        "--keep",
+        type=int,
+        nargs="+",
+        metavar="STEP",
+        help="write the weights after these steps too, to stepN.safetensors",
+    )
     recipe = sub.add_argument_group("the recipe", "(default: the model's own)")
     recipe.add_argument("--level", metavar="NAME", help="of the images: easy or cluttered")
     recipe.add_argument("--size", type=int, metavar="N", help="side of the images in pixels")

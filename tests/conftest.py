@@ -22,7 +22,9 @@ if os.environ.get("DYNATTN_CHECK_SHAPES", "1") != "0":
 
 from pathlib import Path  # noqa: E402  (whatever could import dynattn comes after the hook)
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "official"
 
@@ -54,6 +56,14 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def photograph(tmp_path) -> Path:
+    """A user's photograph, wider than high."""
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "mine.png")
+    return tmp_path / "mine.png"
 
 
 @pytest.fixture(scope="session")

@@ -315,13 +315,6 @@ def setup(shipped, monkeypatch, tmp_path):
     return tmp_path / "figures"
 
 
-@pytest.fixture
-def photograph(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
-    return tmp_path / "mine.png"
-
-
 def test_all_figures_with_their_conditions(setup, capsys):
     entries = draw(out=setup)
     assert [one["figure"] for one in entries] == [4, 5, 6, 7]

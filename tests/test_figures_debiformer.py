@@ -57,9 +57,8 @@ def test_the_claim_is_judged_over_the_seeds(ours, other, said):
 
 
 def test_whether_maps_shrink_is_told_for_each_model():
-    models = [type("Model", (), dict(name=name)) for name in ("biformer_mini", "debiformer_mini")]
     halves = [measured("half", value) for value in (0.3, 0.3, 0.2, 0.1, 0.1, 0.2)]  # stages by turns of the models
-    said = debiformer.shrinking(halves, models)
+    said = debiformer.shrinking(halves, ["BiFormer", "DeBiFormer"])
     first, second = said.split("; ")
     assert first.endswith("30, 20, 10 % of the image with BiFormer: it shrinks")
     assert second == "30, 10, 20 % of the image with DeBiFormer: it does not shrink. "
@@ -123,13 +122,6 @@ def setup(shipped, monkeypatch, tmp_path):
     return tmp_path / "figures"
 
 
-@pytest.fixture
-def photograph(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
-    return tmp_path / "mine.png"
-
-
 def test_all_figures_with_their_conditions(setup, capsys):
     entries = draw("debiformer", out=setup)
     assert [one["figure"] for one in entries] == [4, 5, 6]
@@ -148,7 +140,7 @@ def test_all_figures_with_their_conditions(setup, capsys):
     assert "100%" in printed.err
 
     fourth, fifth, sixth = entries
-    table = from_records(fourth["networks"]["biformer_mini, seed 7"])
+    table = from_records(fourth["networks"]["biformer_mini, seed 7, class maps"])
     (first,) = (one for one in fourth["measures"] if one["name"] == "HiResCAM on the object, stage 1, BiFormer")
     assert first["seeds"]["seed 7"] == table.value["stages.0", ALL, "hires"] and first["layer"] == "stages.0"
     assert len(fourth["measures"]) == 6 and fourth["networks"] == sixth["networks"] and len(fourth["networks"]) == 6

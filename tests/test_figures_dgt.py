@@ -219,13 +219,6 @@ def setup(shipped, monkeypatch, tmp_path):
     return tmp_path / "figures"
 
 
-@pytest.fixture
-def photograph(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
-    return tmp_path / "mine.png"
-
-
 def strictly(text: str) -> list[dict]:
     """JSON without the NaN and Infinity that Python would write and no other reader takes."""
 

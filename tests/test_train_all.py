@@ -10,7 +10,7 @@ import torch
 
 from dynattn import create_model, weights
 from dynattn.training import Recipe, checkpoints, print_runs, shipping, train_all
-from dynattn.training.recipes import RECIPES, SHIPPED, plain, register_recipe, settings
+from dynattn.training.recipes import RECIPES, SHIPPED, Shipping, plain, register_recipe, settings
 from dynattn.training.shipping import Run
 
 TINY = Recipe("swin_mini", size=32, train_count=16, test_count=8, steps=3, batch=8)
@@ -22,7 +22,7 @@ def tiny(monkeypatch, tmp_path) -> Run:
     shipping.recipes()  # the papers register theirs before
     monkeypatch.setattr(shipping, "RUNS", tmp_path / "runs")
     monkeypatch.setitem(RECIPES, "tiny", TINY)
-    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": ((0,), tmp_path)})
+    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": Shipping((0,), tmp_path)})
     return Run("tiny", 0)
 
 
@@ -39,7 +39,8 @@ def test_every_checkpoint_has_its_run():
     """And every run its checkpoint, with the log beside it."""
     folders = weights.FOLDER, weights.of_figures()
     files = {run.file for run in shipping.shipped_runs()}
-    assert files == {file for folder in folders for file in folder.glob("*.safetensors")}
+    kept = {file for run in shipping.shipped_runs() for file in run.kept.values()}
+    assert files | kept == {file for folder in folders for file in folder.glob("*.safetensors")}
     assert {file.with_suffix(".csv") for file in files} == {file for folder in folders for file in folder.glob("*.csv")}
 
 
@@ -93,6 +94,24 @@ def test_missing_and_damaged_files_are_told(tiny):
     assert tiny.reasons() == ["damaged"]
 
 
+def test_weights_of_earlier_steps_ship_too(tiny, monkeypatch):
+    """The run is told to keep them, they go beside the last, and one that lacks must be trained."""
+    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": Shipping((0,), tiny.file.parent, keep=(0, 2))})
+    words = tiny.command
+    assert words[words.index("--keep") + 1 :][:2] == ["0", "2"]
+    write(tiny)
+    tiny.folder.mkdir(parents=True)
+    (tiny.folder / "log.csv").write_text("step\n")
+    state, story = weights.read(tiny.file)
+    for name in ("model", *tiny.kept):
+        weights.write(tiny.folder / f"{name}.safetensors", state, story | {"accuracy": 0.5, "seconds": 60})
+    assert tiny.reasons() == ["tiny_step0.safetensors is missing"]
+    shipping.placed(tiny)
+    assert tiny.reasons() == [] and tiny.file.with_stem("tiny_step2").is_file()
+    with pytest.raises(ValueError, match="keep: expected steps from 0 to 2, got 3"):
+        register_recipe("tiny", TINY, keep=[3])
+
+
 def test_the_list_says_how_far_a_run_is(tiny, capsys):
     print_runs()
     checkpoint = {"settings": settings(TINY, 0), "step": 2}
@@ -123,7 +142,7 @@ def test_a_run_goes_on_and_never_with_the_state_of_another(tiny):
 def test_wrong_arguments_are_refused(tiny, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="processes: expected at least 1, got 0"):
         train_all(0)
-    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": ((0, 1), tmp_path / "nowhere")})
+    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": Shipping((0, 1), tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere for tiny.safetensors"):
         train_all(1)
     with pytest.raises(ValueError, match="name: expected letters"):
@@ -132,7 +151,7 @@ def test_wrong_arguments_are_refused(tiny, monkeypatch, tmp_path):
 
 def test_a_recipe_ships_nothing_unless_it_says_so(monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", TINY)
-    monkeypatch.setitem(SHIPPED, "tiny", ())  # both are as before after the test
+    monkeypatch.setitem(SHIPPED, "tiny", Shipping())  # both are as before after the test
     register_recipe("tiny", TINY)
     assert "tiny" not in {run.name for run in shipping.shipped_runs()}
 
@@ -143,7 +162,7 @@ def test_a_recipe_ships_nothing_unless_it_says_so(monkeypatch):
 @pytest.fixture
 def three(tiny, monkeypatch, tmp_path) -> list[Run]:
     """Three runs whose processes write what training writes; that of seed 1 fails."""
-    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": ((0, 1, 2), tmp_path)})
+    monkeypatch.setattr(shipping, "SHIPPED", {"tiny": Shipping((0, 1, 2), tmp_path)})
     monkeypatch.setattr(shipping, "cached", lambda shapes, processes: None)
     write(tiny)
     made = tiny.file.rename(tmp_path / "made")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,20 @@ def test_train_leaves_a_checkpoint_that_says_what_it_is(tmp_path, monkeypatch, c
     model.load_state_dict(state)
     images, labels, _ = cached(Shapes("easy", "test", 32, 20))
     assert evaluate(model, images, labels) == (result["accuracy"], pytest.approx(result["loss"], rel=1e-6))
+
+
+def test_weights_of_chosen_steps_are_kept(tmp_path, monkeypatch):
+    """They are those of the run at that step: 0 is the start. A step that never comes is refused."""
+    monkeypatch.setenv("DYNATTN_CACHE", str(tmp_path / "cache"))
+    options = {"size": 32, "train_count": 16, "test_count": 8, "batch": 8, "steps": 2, "workers": 1, "progress": False}
+    with pytest.raises(ValueError, match="keep: expected steps from 0 to 1, got 2"):
+        train("dat_mini", tmp_path / "run", keep=[2], **options)
+    train("dat_mini", tmp_path / "run", keep=[0, 1], **options)
+    states = [weights.read(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("step0", "step1", "model")]
+    assert all(states[0].keys() == state.keys() for state in states)
+    assert not any(torch.equal(a["head.weight"], b["head.weight"]) for a, b in pairwise(states))
+    told = weights.metadata(tmp_path / "run" / "step1.safetensors")
+    assert told["steps"] == 1 and told["name"] == "dat_mini"
 
 
 def test_model_options_reach_the_model_and_the_command():

@@ -2,9 +2,9 @@
 
 `draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
 models and pictures; `measures.py`, what is measured of an image; `tables.py`, of many images; `evidence.py`, class maps
-and receptive fields of any model with stages; `run.py`, what a figure is and what those of a run share; `drawing.py`,
-captions; `sweep.py`, networks that differ in one argument; `style.py`, looks; `gallery.py`, the folder they go into;
-`noise.py`, what counts as a change.
+and receptive fields of any model with stages; `class_maps.py`, `fields.py`, figures of these; `run.py`, what a figure
+is and what those of a run share; `drawing.py`, captions; `sweep.py`, networks that differ in one argument; `style.py`,
+looks; `gallery.py`, the folder they go into; `noise.py`, what counts as a change.
 """
 
 from collections.abc import Iterator, Sequence

@@ -7,6 +7,9 @@ object. A share is linear in the mask, so the mean over all other images is the 
 Groups of queries are held against the object by their normalised mutual information, which knows no names of groups:
 0 where they tell nothing about where it is, 1 where they are the object and the rest. Its null is the mean over the
 masks of the other images, one by one.
+
+A number for every cell is held against the object by the area under the ROC curve (AUC): how often a cell on the object
+has the larger one of a pair with a cell off it; .5 where the number tells nothing. Its null is again that mean.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +163,35 @@ def by_overlap(record: Record, head: int, mask: Bool[Tensor, "H W"] | None) -> l
         first.append(max((g for g in order if g not in first), key=lambda g: float(closeness[g]), default=None))
     first = [g for g in first if g is not None]
     return first + [g for g in order if g not in first]
+
+
+# ---------------------------------------------------------------------------------------- of a record with significance
+
+
+def roc_area(score: Float[Tensor, " L"], masks: Bool[Tensor, "n L"]) -> Float[Tensor, " n"]:
+    """How often a cell on each mask has a larger score than one off it; equal scores count half.
+
+    NaN where all cells or none are on it.
+    """
+    _, place, count = score.unique(return_inverse=True, return_counts=True)  # sorted
+    rank = (count.cumsum(dim=0) - (count - 1) / 2).double()[place]  # from 1; equals have their mean rank
+    on = masks.double().sum(dim=1)
+    pairs = on * (masks.shape[1] - on)
+    return (masks.double() @ rank - on * (on + 1) / 2) / pairs
+
+
+def tokens_share(record: Record, masks: Bool[Tensor, "n L"]) -> Float[Tensor, " n"]:
+    """Share of a guided layer's tokens that stand for cells on each mask; a token counts by its cells."""
+    cells = record.tokens.bincount(minlength=len(record.aggregation)).double()
+    return masks.double() @ (1 / cells)[record.tokens] / len(cells)
+
+
+def within_token(record: Record) -> tuple[float, float]:
+    """Mean distance between two cells of one token, and between any two cells, in sides of the image (longer one)."""
+    cells = record.cells().double()
+    apart = torch.cdist(cells, cells) / max(record.image_shape)
+    same = (record.tokens[:, None] == record.tokens) & ~torch.eye(len(cells), dtype=torch.bool)
+    return float(apart[same].mean()), float(apart.sum() / (len(cells) * (len(cells) - 1)))
 
 
 # -------------------------------------------------------------------------------------------------- of a whole network
@@ -336,6 +368,49 @@ def measure_groups(record: Record, masks: Bool[Tensor, "n L"], i: int) -> list[R
         rows.append(Row(record.name, head, NONE, "groups", float(entropy(torch.bincount(groups).double()).exp())))
         rows.append(Row(record.name, head, NONE, "distance", far))
     return rows
+
+
+def evaluate_significance(
+    model: nn.Module,
+    images: UInt8[np.ndarray, "n 3 H W"],
+    masks: Bool[np.ndarray, "n H W"],
+    labels: Int[np.ndarray, " n"] | None = None,
+    *,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """How well significance finds the object, and where tokens go: a row for each layer and image. The kinds are
+
+        auc            significance that a hybrid-scale layer hands on against the object (`roc_area`)
+        tokens         share of the tokens of a self-guided layer that stand for cells on the object
+        together       mean distance between two cells of one token, in sides of the image; needs no mask
+        any            the same between any two cells
+        area, accuracy as `evaluate` has them
+
+    A cell is on the object where it is covered by more than half. Raises ValueError where images and masks do not fit
+    together, or for a model without such layers.
+    """
+    on_maps: dict[tuple[int, int], Bool[Tensor, "n L"]] = {}
+
+    def measure(t: Trace, masks: Bool[Tensor, "n H W"], i: int) -> Iterator[Row]:
+        records = t.of_kind("hybrid_scale") + t.of_kind("self_guided")
+        if not records:
+            raise ValueError(f"model: expected one with hybrid-scale layers, got {type(model).__name__}")
+        other = torch.arange(len(masks)) != i
+        for record in records:
+            if record.query_shape not in on_maps:
+                on_maps[record.query_shape] = on_map(record, masks)
+            there = on_maps[record.query_shape]
+            if record.kind == "hybrid_scale":
+                kind, values = "auc", roc_area(record.significance.flatten(), there)
+            else:
+                kind, values = "tokens", tokens_share(record, there)
+                near, far = within_token(record)
+                yield Row(record.name, ALL, NONE, "together", near)
+                yield Row(record.name, ALL, NONE, "any", far)
+            yield Row(record.name, ALL, OWN, kind, float(values[i]))
+            yield Row(record.name, ALL, OTHER, kind, float(values[other].nanmean()))
+
+    return evaluate(model, images, masks, labels, measure, bar=bar)
 
 
 def choosing(rows: Sequence[Row]) -> Iterator[Row]:

@@ -186,13 +186,25 @@ class Setting:
         found = [load_subject(weights.path(name)) for name in names if subject.shipped]
         return {f"{SEED}{other.story['seed']}": other.model for other in found}
 
-    def evaluation(self, network: str, model: nn.Module, count: int | None = None, **options) -> pd.DataFrame:
-        """The paper's table of a network on the first `count` test images, once for each name of a network."""
+    def evaluation(
+        self,
+        network: str,
+        model: nn.Module,
+        count: int | None = None,
+        *,
+        evaluate: Callable[..., pd.DataFrame] | None = None,
+        **options,
+    ) -> pd.DataFrame:
+        """A table of a network on the first `count` test images, once for each name of a network.
+
+        evaluate: what measures it (None: the paper's own); options: of that.
+        """
         if network not in self.measured:
             images, labels, masks = (part[: count or self.count] for part in self.test_set)
             if self.bar is not None:
                 self.bar.set_description(network)
-            self.measured[network] = self.paper.evaluate(model, images, masks, labels, bar=self.bar, **options)
+            measure = evaluate or self.paper.evaluate
+            self.measured[network] = measure(model, images, masks, labels, bar=self.bar, **options)
         return self.measured[network]
 
     def evaluations(self) -> dict[str, pd.DataFrame]:

@@ -350,6 +350,13 @@ def heat(ax: Axes, values: Float[np.ndarray, "H W"]) -> None:
     ax.imshow(colours, **about)
 
 
+def cells(ax: Axes, values: Float[np.ndarray, "h w"], shape: tuple[int, int]) -> None:
+    """A number from 0 to 1 for every cell of a map over the photograph, each cell in one colour, in those of `heat`."""
+    H, W = shape
+    about = dict(extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="nearest", aspect=ax.get_aspect(), zorder=1.5)
+    ax.imshow(HEAT(values**0.5), **about)  # most cells are far below the largest
+
+
 def contributions(ax: Axes, field: Float[np.ndarray, "H W"]) -> None:
     """A receptive field, in decades of its largest value."""
     largest = field.max() or 1.0

@@ -75,9 +75,16 @@ def random_twin(subject: Subject, seed: int, images: UInt8[np.ndarray, "n 3 H W"
 
     Batch norms take their statistics from `images`: with those of no image at all, no signal would get through.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_model(subject.name, **subject.arguments | changes).eval()
+        model = create_model(subject.name, **subject.arguments | changes)
+    return with_statistics(model, images)
+
+
+def with_statistics(model: nn.Module, images: UInt8[np.ndarray, "n 3 H W"]) -> nn.Module:
+    """The model itself in eval mode, whose batch norms have taken their statistics from `images`."""
+    model.eval()
+    with torch.no_grad():
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = None  # the mean over all batches; here there is one

@@ -15,6 +15,7 @@ would fade. The significance has no gradient: tokens are sorted by it (`self_gui
 Beside the letters of `core`: u, w row and column of a merged token; S significance.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -263,7 +264,7 @@ class HybridScaleAttention(nn.Module):
         self,
         dim: int,
         heads: int,
-        scales: tuple[int, ...] = (8, 1),
+        scales: Sequence[int] = (8, 1),
         *,
         window: int = 7,
         global_scale: bool = True,

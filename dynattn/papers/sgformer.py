@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dynattn import cost
+from dynattn import cost, figures
 from dynattn.cost import Row
+from dynattn.figures.sgformer import PAPER
 from dynattn.training import Recipe, register_recipe
 
 BASE = "Table 2 cuts 77.95 M off. These are the two scales of the published code, not the four and three of Table 1."
@@ -48,3 +49,18 @@ cost.register(
 )
 
 register_recipe("sgformer_mini", Recipe("sgformer_mini"), seeds=[0])
+
+SMALL = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (2, 2, 1), "window": 4}  # less than the mini, at 64 pixels
+RATES = ((16, 8, 8, 4), (8, 4, 4, 2))  # few tokens: 36 of 256 and 18 of 64
+scales = {"hybrid": ((4, 1), (2, 1)), "local": ((1,), (1,)), "global": ((4,), (2,))}
+for kind, s in scales.items():  # Table 6 in small: the scales of all blocks, without guidance
+    options = SMALL | {"rates": RATES, "guided": False, "scales": s}
+    register_recipe(f"sgformer_scales_{kind}", Recipe("sgformer_mini", options, size=64))
+for kind in ("constant", "local", "global", "hybrid"):  # Table 7 in small: what guides
+    options = SMALL | {"rates": RATES, "guidance": kind}
+    register_recipe(f"sgformer_guidance_{kind}", Recipe("sgformer_mini", options, size=64))
+# How the significance comes about: the same widths at 128 pixels, after some steps.
+options = SMALL | {"window": 8}
+register_recipe("sgformer_evolving", Recipe("sgformer_mini", options))
+
+figures.register("sgformer", PAPER)

@@ -9,6 +9,7 @@ round differently, and CUDA adds the gradients of bilinear samples in any order.
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .. import __version__, create_model, weights
 from ..data import CLASSES, Shapes, augment, cached, normalise
 from ..data.shapes import VERSION
 from . import checkpoints
-from .recipes import Recipe, command, get_recipe, plain, settings
+from .recipes import Recipe, check_keep, command, get_recipe, plain, settings
 
 Photographs = tuple[UInt8[np.ndarray, "n 3 H W"], Int64[np.ndarray, " n"]]  # images and their labels
 
@@ -40,16 +41,19 @@ def train(
     seed: int = 0,
     fresh: bool = False,
     workers: int = 2,
+    keep: Sequence[int] = (),
     progress: bool = True,
     **changes,
 ) -> dict[str, Any]:
     """Train a small model by its recipe, from where an earlier run in the same folder stopped; return what it reached.
 
     out: folder for checkpoint.pt, log.csv, model.safetensors and result.json, runs/NAME/seedSEED if None; all processes
-    must see it. fresh: start over. workers: processes that draw the images, once. changes: fields of `Recipe`.
+    must see it. fresh: start over. workers: processes that draw the images, once. keep: steps after which the weights
+    are written too, to stepN.safetensors. changes: fields of `Recipe`.
     Raises: ValueError, TypeError for a wrong recipe or the folder of another run; FloatingPointError on divergence.
     """
     recipe = get_recipe(name, **changes)
+    check_keep(keep, recipe.steps)
     out = Path(out or Path("runs", name, f"seed{seed}"))
     arguments = {"img_size": recipe.size, "num_classes": len(CLASSES), **recipe.model_options}
     with torch.random.fork_rng():
@@ -62,8 +66,7 @@ def train(
             cached(Shapes(recipe.level, split, recipe.size, count), workers, progress)[:2]
             for split, count in (("train", recipe.train_count), ("test", recipe.test_count))
         )
-    rows = fit(model, train_set, test_set, recipe, out, seed=seed, fresh=fresh, progress=progress)
-    result = {
+    about = {
         "name": recipe.model,
         "arguments": arguments,
         "classes": list(CLASSES),
@@ -71,9 +74,16 @@ def train(
         "recipe": plain(recipe),
         "data_version": VERSION,
         "seed": seed,
-        "steps": recipe.steps,
-        "seconds": round(rows[-1]["seconds"]),
     }
+
+    def keep_weights(step: int) -> None:
+        if step in keep and accelerator.is_main_process:
+            weights.write(out / f"step{step}.safetensors", halved(model), about | {"steps": step})
+
+    rows = fit(
+        model, train_set, test_set, recipe, out, seed=seed, fresh=fresh, progress=progress, after_step=keep_weights
+    )
+    result = about | {"steps": recipe.steps, "seconds": round(rows[-1]["seconds"])}
     if accelerator.is_main_process:
         result = export(model, out / "model.safetensors", test_set, result)
         weights.write_whole(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -98,12 +108,13 @@ def fit(
     log_every: int = 10,
     save_every: int = 100,
     evaluate_every: int = 250,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> list[dict[str, float]]:
     """Train a model in place on images in memory and return the rows of its log: `train` without data and export.
 
     A batch is split over the processes, so that any number of them takes the same steps. A row of the log, a checkpoint
     and a test come after so many steps each, and after the last one; a checkpoint also with the first row of the log
-    that stands half a minute after the last.
+    that stands half a minute after the last. after_step: called with the number of each step, with 0 before the first.
     """
     out = Path(out)
     accelerator = make_accelerator()
@@ -134,9 +145,12 @@ def fit(
     bar = tqdm(total=recipe.steps, initial=start, unit="step", disable=not (progress and accelerator.is_main_process))
     pending = []  # what the steps since the last row measured: no waiting for the device in between
     model.train()
+    if start == 0:
+        after_step(0)
     with bar, torch.random.fork_rng():
         for step in range(start + 1, recipe.steps + 1):
             pending.append(take_step(accelerator, wrapped, optimizer, train_set, recipe, seed, step))
+            after_step(step)
             due = [step % every == 0 or step == recipe.steps for every in (log_every, save_every, evaluate_every)]
             if not any(due):
                 continue
@@ -200,14 +214,18 @@ def evaluate(
 
 def export(model: nn.Module, file: str | Path, test_set: Photographs, metadata: dict[str, Any]) -> dict[str, Any]:
     """Round a model to half precision, measure it, write it with its metadata; return these with what was measured."""
-    state = {
-        key: value.half().float() if value.is_floating_point() else value for key, value in model.state_dict().items()
-    }
+    state = halved(model)
     model.load_state_dict(state)
     accuracy, loss = evaluate(model, *test_set)
     metadata = {**metadata, "accuracy": accuracy, "loss": loss, "torch": torch.__version__, "dynattn": __version__}
     weights.write(file, state, metadata)
     return metadata
+
+
+def halved(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as it ships: rounded to half precision."""
+    state = model.state_dict()
+    return {key: value.half().float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def make_accelerator() -> Accelerator:

@@ -44,24 +44,47 @@ class Recipe:
             raise ValueError(f"batch: expected at most train_count = {self.train_count}, got {self.batch}")
 
 
+@dataclass(frozen=True)
+class Shipping:
+    """What ships of the runs of a recipe: of which seeds, into which folder, after which steps besides the last."""
+
+    seeds: tuple[int, ...] = ()
+    folder: Path | None = None
+    keep: tuple[int, ...] = ()
+
+
 RECIPES: dict[str, Recipe] = {}
-SHIPPED: dict[
-    str, tuple[tuple[int, ...], Path | None]
-] = {}  # by the name of a recipe: seeds, and the folder they go to
+SHIPPED: dict[str, Shipping] = {}  # by the name of a recipe
 
 
-def register_recipe(name: str, recipe: Recipe, *, seeds: Sequence[int] = (), folder: str | Path | None = None) -> None:
+def register_recipe(
+    name: str,
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int] = (),
+    folder: str | Path | None = None,
+    keep: Sequence[int] = (),
+) -> None:
     """Make a recipe known to `train` and the command line under a name; a name again replaces it.
 
     seeds: of the runs whose checkpoints ship, which `train --all` keeps up to date. folder: where they lie; None: seed
-    0 of a model in `dynattn.weights`, all others in the folder of the figures.
+    0 of a model in `dynattn.weights`, all others in the folder of the figures. keep: steps, from 0, after which the
+    weights ship too, as NAME_stepN: how a model learns.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected letters, digits and underscores, as in 'dat_mini', got {name!r}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
     RECIPES[name] = recipe
-    SHIPPED[name] = tuple(seeds), None if folder is None else Path(folder)
+    check_keep(keep, recipe.steps)
+    SHIPPED[name] = Shipping(tuple(seeds), None if folder is None else Path(folder), tuple(keep))
+
+
+def check_keep(keep: Sequence[int], steps: int) -> None:
+    """Raises ValueError unless these are steps before the last one."""
+    for step in keep:
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < steps:
+            raise ValueError(f"keep: expected steps from 0 to {steps - 1}, got {step!r}")
 
 
 def recipes() -> dict[str, Recipe]:

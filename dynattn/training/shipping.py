@@ -1,7 +1,8 @@
 """Training everything that ships, `dynattn train --all`: which checkpoints are out of date, why, and the runs for them.
 
 A recipe that ships is registered with its seeds (`register_recipe(name, recipe, seeds=(0, 1, 2))`). The checkpoint of
-seed 0 is NAME, that of another seed NAME_seedS; the log of its run is beside it. A checkpoint is out of date when the
+seed 0 is NAME, that of another seed NAME_seedS, that of an earlier step of seed 0 NAME_stepN; the log of the run is
+beside it. A checkpoint is out of date when the
 images look different since (`data.shapes.VERSION`), when its recipe is another now, or when its model has other
 parameters now. Runs keep what they have reached in runs/NAME/seedS: after an interruption they go on from there.
 """
@@ -43,8 +44,14 @@ class Run:
     @property
     def file(self) -> Path:
         """The checkpoint, whether it is there or not."""
-        folder = SHIPPED[self.name][1] or (weights.FOLDER if self.is_pretrained else weights.of_figures())
+        folder = SHIPPED[self.name].folder or (weights.FOLDER if self.is_pretrained else weights.of_figures())
         return folder / f"{self.name if self.seed == 0 else f'{self.name}_seed{self.seed}'}.safetensors"
+
+    @property
+    def kept(self) -> dict[str, Path]:
+        """The checkpoints of earlier steps: what the run calls them, and where they ship."""
+        steps = SHIPPED[self.name].keep
+        return {f"step{step}": self.file.with_stem(f"{self.file.stem}_step{step}") for step in steps}
 
     @property
     def is_pretrained(self) -> bool:
@@ -60,7 +67,9 @@ class Run:
     def command(self) -> list[str]:
         """What trains it, by itself; a folder that holds another run is cleared."""
         words = [sys.executable, "-m", "dynattn", "train", self.name, "--seed", str(self.seed)]
-        return [*words, "--out", str(self.folder), "--workers", "1", *["--fresh"] * (self.reached() is None)]
+        keep = [str(step) for step in SHIPPED[self.name].keep]
+        words += ["--out", str(self.folder), "--workers", "1", *["--keep"] * bool(keep), *keep]
+        return [*words, *["--fresh"] * (self.reached() is None)]
 
     def reached(self) -> int | None:
         """The last step that was saved; None where the folder holds no such run."""
@@ -72,8 +81,8 @@ class Run:
 
     def reasons(self) -> list[str]:
         """Why the checkpoint must be trained; empty where it is up to date."""
-        if not self.file.is_file():
-            return ["missing"]
+        if lacking := [file.name for file in (self.file, *self.kept.values()) if not file.is_file()]:
+            return ["missing" if lacking[0] == self.file.name else f"{lacking[0]} is missing"]
         try:
             state, story = weights.read(self.file)
         except ValueError:
@@ -110,7 +119,7 @@ def other_parameters(recipe: Recipe, state: dict[str, Tensor]) -> list[str]:
 def shipped_runs() -> list[Run]:
     """Every run that ships, in the order in which the recipes are registered."""
     recipes()  # the papers register theirs
-    return [Run(name, seed) for name, (seeds, _) in SHIPPED.items() for seed in seeds]
+    return [Run(name, seed) for name, shipping in SHIPPED.items() for seed in shipping.seeds]
 
 
 def print_runs() -> None:
@@ -188,7 +197,8 @@ def finished(waiting: list[Run], processes: int) -> Iterator[tuple[Run, str]]:
 
 def placed(run: Run) -> str:
     """Put what a run reached where it ships; how well it did, in words."""
-    for source, target in (("model.safetensors", run.file), ("log.csv", run.file.with_suffix(".csv"))):
+    files = {"log.csv": run.file.with_suffix(".csv"), "model.safetensors": run.file}
+    for source, target in files.items() | {(f"{name}.safetensors", file) for name, file in run.kept.items()}:
         weights.write_whole(target, (run.folder / source).read_bytes())
     story = weights.metadata(run.file)
     return f"accuracy {story['accuracy']:.3f} after {story['steps']} steps in {story['seconds'] / 60:.1f} min"
