@@ -1,7 +1,5 @@
 """The lesson on SG-Former: its pictures at the ends of their controls, and the code of its page."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,15 +160,6 @@ def counted(layer, side: int, C: int, *more) -> int:
     return counter.get_total_flops() // 2
 
 
-def test_auc_with_a_known_answer():
-    """All pairs in order, one of four turned round, all equal; no cell on the mask."""
-    values = torch.tensor([0.1, 0.5, 0.3, 0.9])
-    masks = torch.tensor([[False, True, False, True], [True, True, False, True], [True, False, False, False]])
-    assert lesson.auc(values, masks).tolist() == pytest.approx([1, 2 / 3, 0])
-    assert lesson.auc(torch.ones(4), masks).tolist() == pytest.approx([0.5] * 3)
-    assert math.isnan(lesson.auc(values, torch.zeros(1, 4).bool())[0])
-
-
 def test_what_the_page_says_of_its_first_picture():
     """The object has a larger share of the tokens than of the cells; by a constant it has the same, nearly."""
     record = lesson.traced(BIRD)[GUIDED]
@@ -184,8 +173,9 @@ def test_what_the_page_says_of_its_first_picture():
 
 @pytest.mark.parametrize(("own", "said"), [(0.8, "**finds**"), (0.55, "**does not clearly find**")])
 def test_the_verdict_goes_where_the_numbers_go(own, said):
-    rows = [dict(layer=n, own=own + n / 100, other=0.5, network=f"seed {seed}") for n in (1, 2) for seed in (0, 1)]
-    rows += [dict(layer=n, own=0.6, other=0.5, network="random 0") for n in (1, 2)]
+    both = dict(other=0.5, tokens=0.3, area=0.2)
+    rows = [dict(layer=n, own=own + n / 100, network=f"seed {seed}", **both) for n in (1, 2) for seed in (0, 1)]
+    rows += [dict(layer=n, own=0.6, network="random 0", **both) for n in (1, 2)]
     words = lesson.in_words(pd.DataFrame(rows))
     assert said in words and "It rises with depth" in words and "0.60 in the first layer" in words
     rows[0]["own"] = rows[1]["own"] = 0.9

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 import dynattn
 from dynattn import weights
-from dynattn.data import CLASSES, Shapes, normalise
+from dynattn.data import CLASSES, Shapes
 from dynattn.figures import style
 from dynattn.figures.drawing import ground
-from dynattn.figures.measures import on_map
+from dynattn.figures.measures import evaluate_significance, on_map
 from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
+from dynattn.figures.tables import summary
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
 from dynattn.lessons.notebook import HEAT, numbered, panels, show
 from dynattn.mechanisms import self_guided
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention, HybridScaleRecord, Layout
 from dynattn.mechanisms.self_guided import SelfGuidedAttention
 from dynattn.models.sgformer import SGFormer
-from dynattn.tracing import Record, Trace, trace
+from dynattn.tracing import Trace, trace
 from dynattn.weights import path
 from dynattn.widgets import Lens
 
@@ -624,41 +625,28 @@ def seeds() -> list[str]:
     return [one for one in weights.available() if one == NAME or one.startswith(f"{NAME}_seed")]
 
 
-def auc(values: Float[Tensor, " n"], masks: Bool[Tensor, "m n"]) -> Float[Tensor, " m"]:
-    """The chance that a cell on a mask has a higher value than one off it; equal ones count half.
-
-    NaN where no cell is on a mask, or none is off.
+def measured(model: nn.Module, images: UInt8[np.ndarray, "n 3 H W"], masks: Bool[np.ndarray, "n H W"]) -> pd.DataFrame:
+    """By layer, means over images: `own`, `other`, AUC of significance against the object's mask and those of other
+    images; of the layer that it guides `tokens`, the share of tokens on the object; `area`, the share of the image.
     """
-    on = masks.sum(dim=1).double()
-    return (masks.double() @ ranks(values) - on * (on + 1) / 2) / (on * (masks.shape[1] - on))
-
-
-def guides(t: Trace) -> list[Record]:
-    """The layers whose significance guides the next one."""
-    return t.of_kind("hybrid_scale")
-
-
-def measured(model: nn.Module) -> pd.DataFrame:
-    """AUC of significance against the object's mask and against those of other images: means over images, by layer."""
-    items = [Shapes("easy", "test", SIDE)[i] for i in range(MEASURED)]
-    masks = torch.stack([item[2] for item in items])
-    rows = []
-    for i, (image, *_) in enumerate(items):
-        for number, record in enumerate(guides(trace(model, normalise(image))), 1):
-            found = auc(record.significance.flatten(), on_map(record, masks))
-            other = torch.arange(len(masks)) != i
-            rows.append(dict(layer=number, own=float(found[i]), other=float(found[other].nanmean())))
-    return pd.DataFrame(rows).groupby("layer", as_index=False).mean()
+    found = summary(evaluate_significance(model, images, masks)).reset_index("head", drop=True)
+    of_kind = lambda kind: found.xs(kind, level="kind")  # noqa: E731
+    auc, tokens = of_kind("auc"), of_kind("tokens")
+    columns = dict(own=auc.value, other=auc.other, tokens=tokens.value, area=of_kind("area").value)
+    columns = {name: column.to_numpy() for name, column in columns.items()}
+    return pd.DataFrame(columns | dict(area=columns["area"][0], layer=range(1, len(auc) + 1)))
 
 
 @cache
 def verdict() -> pd.DataFrame:
     """Does significance find the object? Every seed, and random weights, by layer."""
-    images = np.stack([Shapes("easy", "test", SIDE)[i][0].numpy() for i in range(MEASURED)])
+    items = [Shapes("easy", "test", SIDE)[i] for i in range(MEASURED)]
+    images, masks = (np.stack([item[part].numpy() for item in items]) for part in (0, 2))
     subjects = [load_subject(path(one)) for one in seeds()]
     networks = {f"seed {seed}": subject.model for seed, subject in enumerate(subjects)}
     networks |= {f"random {seed}": random_twin(subjects[0], seed, images) for seed in range(len(subjects))}
-    return pd.concat([measured(model).assign(network=name) for name, model in networks.items()], ignore_index=True)
+    tables = [measured(model, images, masks).assign(network=name) for name, model in networks.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def draw_verdict(found: pd.DataFrame) -> None:
@@ -687,7 +675,8 @@ def in_words(found: pd.DataFrame) -> str:
         nulls = at_random[at_random.layer == layer]
         better.append(rows.own.min() > max(rows.other.max(), nulls.own.max()))
         own = " / ".join(f"{one:.2f}" for one in rows.own)
-        lines.append(f"| {layer} | {own} | {rows.other.mean():.2f} | {nulls.own.mean():.2f} |")
+        tokens = f"{rows.tokens.mean():.0%} | {nulls.tokens.mean():.0%}"
+        lines.append(f"| {layer} | {own} | {rows.other.mean():.2f} | {nulls.own.mean():.2f} | {tokens} |")
     first = at_random[at_random.layer == 1].own.mean()
     count, all_layers = trained.network.nunique(), len(better)
     networks = f"of {count} networks" if count > 1 else "of the one network that is here"
@@ -696,11 +685,13 @@ def in_words(found: pd.DataFrame) -> str:
     rises = "It rises with depth" if means.is_monotonic_increasing and len(means) > 1 else "It does not rise with depth"
     return "\n".join(
         [
-            "| hybrid-scale layer | trained, the object's mask | another image's mask | random weights |",
-            "| --- " * 4 + "|",
+            "| hybrid-scale layer | AUC, trained | AUC, another image's mask | AUC, random weights | tokens of the "
+            "next layer on the object, trained | ... random weights |",
+            "| --- " * 6 + "|",
             *lines,
             "",
-            f"AUC, {MEASURED} test images, means over images, a number for each seed. Random weights are **not** at "
+            f"{MEASURED} test images, means over images; AUC with a number for each trained seed. The object has "
+            f"{trained.area.mean():.0%} of the image. Random weights are **not** at "
             f"chance: {first:.2f} in the first layer. What they attend to depends on the tokens, and the object's "
             f"tokens differ from the background's.",
             "",

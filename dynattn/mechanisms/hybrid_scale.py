@@ -369,8 +369,7 @@ class HybridScaleRecord(tracing.Record):
         side = max(self.query_shape) if self.layouts[head].whole else self.layouts[head].queries[1]
         rows, cols = (torch.arange(n, device=self.z.device) // side for n in self.query_shape)
         of_query = (rows[:, None] * len(cols) + cols).flatten()
-        of_key = torch.empty_like(self.k[head][:, 0], dtype=torch.int64)
-        return of_query, of_key.index_copy_(0, self.merged(head), of_query)
+        return of_query, of_query.new_empty(len(self.k[head])).index_copy_(0, self.merged(head), of_query)
 
     def mean(self, head: int) -> Float[Tensor, "N S"]:
         """The matrix that takes the mean over the cells of every merged token."""
