@@ -30,7 +30,7 @@ from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
 from dynattn.lessons.notebook import HEAT, numbered, panels, show
 from dynattn.mechanisms import self_guided
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention, HybridScaleRecord, Layout
-from dynattn.mechanisms.self_guided import SelfGuidedAttention
+from dynattn.mechanisms.self_guided import SelfGuidedAttention, SelfGuidedRecord
 from dynattn.models.sgformer import SGFormer
 from dynattn.tracing import Trace, trace
 from dynattn.weights import path
@@ -489,6 +489,11 @@ def double_network() -> nn.Module:
     return deepcopy(network()).double()
 
 
+def ranks_of(record: SelfGuidedRecord) -> Float[Tensor, "H W"]:
+    """The rank of every cell of a guided layer: whole numbers, which guide in any precision as its significance did."""
+    return record.order.argsort().reshape(record.query_shape).double()
+
+
 @cache
 def undisturbed(image: int) -> Trace:
     """The network in float64 on a test image."""
@@ -499,11 +504,11 @@ def compared(image: int, model: nn.Module, x: Float[Tensor, "3 H W"]) -> Disturb
     """What a network makes of a picture, beside what the network in float64 makes of it without noise."""
     still, now = undisturbed(image), trace(model, x)
     names = [record.name for record in still.of_kind("self_guided")]
-    with torch.no_grad(), guided_by(model, {name: still[name].significance for name in names}):
+    with torch.no_grad(), guided_by(model, {name: ranks_of(still[name]) for name in names}):
         given = model(x[None])[0]
     pairs = {name: (still[name], now[name]) for name in names}
     return Disturbed(
-        ranks={name: int((a.order.argsort() != b.order.argsort()).sum()) for name, (a, b) in pairs.items()},
+        ranks={name: int((ranks_of(a) != ranks_of(b)).sum()) for name, (a, b) in pairs.items()},
         tokens={name: int((a.tokens != b.tokens).sum()) for name, (a, b) in pairs.items()},
         free=float((now.logits - still.logits).abs().max()),
         given=float((given - still.logits).abs().max()),

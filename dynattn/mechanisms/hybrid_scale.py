@@ -147,7 +147,7 @@ class Layout:
         S = A.sum(dim=(1, 2))  # SG-5
         if reading == "mean":
             count = lambda T, real: T if real is None else real.sum(dim=1).repeat(images)[:, None]  # noqa: E731
-            S = S * (count(Tk, keys) / (h * count(Tq, queries)))
+            S = S * count(Tk, keys) / (h * count(Tq, queries))  # the quotient of counts alone would be in float32
         return self.spread(self.join(S[..., None], *self.keys)[..., 0])
 
 
