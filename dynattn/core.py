@@ -377,6 +377,17 @@ def attention_weights(
     return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
+def stable_order(values: Float[Tensor, "*batch N"], *, descending: bool = False) -> Int[Tensor, "*batch N"]:
+    """The numbers of the values in each row, the smallest first, or the largest; of equals the lowest number first."""
+    if not exporting():
+        return values.argsort(dim=-1, descending=descending, stable=True)
+    # ONNX has no stable sort. The place of a value is the number of values before it; no two places are equal.
+    number = torch.arange(values.shape[-1], device=values.device)
+    one, other = values[..., :, None], values[..., None, :]
+    ahead = other > one if descending else other < one
+    return (ahead | ((other == one) & (number < number[:, None]))).sum(dim=-1).argsort(dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows and regions
 # ---------------------------------------------------------------------------------------------------------------------

@@ -279,3 +279,14 @@ def test_defaults_of_verify_are_those_of_the_operations():
         named = verify.answer(getattr(ops, operation), call.arguments, call.options)
         filled = verify.answer(getattr(ops, operation), call.arguments, call.defaults | call.options)
         assert all(torch.equal(named[key], filled[key]) for key in named)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_an_exported_order_is_as_stable_as_any_other(monkeypatch, descending):
+    """ONNX has no stable sort: of equal values the lowest number is first there too."""
+    values = torch.randint(3, (2, 5, 7)).double()
+    values[0, 0] = -torch.inf
+    want = core.stable_order(values, descending=descending)
+    assert torch.equal(want, values.argsort(dim=-1, descending=descending, stable=True))
+    monkeypatch.setattr(core, "exporting", lambda: True)
+    assert torch.equal(core.stable_order(values, descending=descending), want)

@@ -111,18 +111,7 @@ def route(q: Float[Tensor, "B h R d"], k: Float[Tensor, "B h S d"], topk: int) -
     """
     A = torch.einsum("bhrd,bhsd->brs", q.double(), k.double()).to(q.dtype)  # DEBI-9
     A = A.where(~A.isnan(), -torch.inf)
-    return most_liked_first(A)[..., : core.smaller(topk, A.shape[2])]  # DEBI-10
-
-
-def most_liked_first(A: Float[Tensor, "B R S"]) -> Int[Tensor, "B R S"]:
-    """The numbers of the regions of keys in each row, by their likes; of equals the lowest number first."""
-    if not core.exporting():
-        return A.argsort(dim=-1, descending=True, stable=True)
-    # ONNX has no stable sort. The place of a region is the number of regions before it; no two places are equal.
-    number = torch.arange(A.shape[2], device=A.device)
-    one, other = A[..., :, None], A[..., None, :]
-    before = (other > one) | ((other == one) & (number < number[:, None]))
-    return before.sum(dim=-1).argsort(dim=-1)
+    return core.stable_order(A, descending=True)[..., : core.smaller(topk, A.shape[2])]  # DEBI-10
 
 
 def membership(

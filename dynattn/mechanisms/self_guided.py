@@ -58,7 +58,7 @@ def aggregate_tokens_loops(x, order, weight, bias, sizes, rates):
 @torch.no_grad()
 def rank(significance: Float[Tensor, "B H W"]) -> Int[Tensor, "B N"]:
     """The cells in the order of their significance, least first; of equals the first cell first."""
-    return significance.flatten(1).argsort(dim=1, stable=True)  # SG-2
+    return core.stable_order(significance.flatten(1))  # SG-2
 
 
 def sub_regions(tokens: int, shares: Sequence[int]) -> list[int]:

@@ -31,7 +31,6 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from timm.layers import DropPath
@@ -153,16 +152,6 @@ class FullAttention(nn.Module):
         return self.proj(core.merge_heads(z, shape))
 
 
-class FeedForward(ConvFFN):
-    """The same, whose identity is one more in the centre of the kernel: an addition of the widest map less."""
-
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        conv = self.depthwise
-        kernel = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        x = F.conv2d(rearrange(self.expand(x), "B H W C -> B C H W"), kernel, conv.bias, padding=1, groups=conv.groups)
-        return self.reduce(rearrange(F.gelu(x), "B C H W -> B H W C"))
-
-
 class SGBlock(nn.Module):
     """Attention and a feed-forward network, each beside an identity: a map and the significance that came with it, to
     a map and the significance for the next block.
@@ -184,7 +173,7 @@ class SGBlock(nn.Module):
         super().__init__()
         self.weigh = weigh
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), attn
-        self.norm2, self.ffn = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, ratio)
+        self.norm2, self.ffn = nn.LayerNorm(dim, eps=1e-6), ConvFFN(dim, ratio)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
