@@ -2,6 +2,8 @@
 # # SG-Former: few tokens where little is to be seen
 #
 # *SG-Former: Self-guided Transformer with Evolving Token Reallocation*, Ren et al., ICCV. A lesson of less than an hour.
+# The [audit](audit/03_sgformer.ipynb) has what this page leaves out: the ledger, the equality with the published code,
+# all tables, the kernels.
 
 # %%
 import torch
@@ -34,7 +36,7 @@ lesson.question()
 #
 # ## 2. Notation
 #
-# - *The paper* means the text. *The published code* means the authors' program. They differ in places.
+# - *The paper* means the text. *The published code* means the authors' program. They differ in places: see the audit.
 #   Both layers below follow the text. Its formulas are lost in our copy, and rebuilt from its prose.
 # - $X$: a map of $N$ tokens with $C$ channels. A token of the map is a **cell**. $M$ is the side of a window.
 # - $s_j$: the **scale** of group $j$ of heads: it merges squares of $s_j \times s_j$ cells.
@@ -195,8 +197,8 @@ lesson.gradient()
 #
 # ## 10. Ranks flip
 #
-# Ranks jump, so a very small change of the image may make a larger one of the logits. Even rounding does: in `float32` the
-# published model's logits move by up to a half, as the audit shows.
+# Ranks jump, so a very small change of the image may make a larger one of the logits. Even rounding does: the
+# [audit](audit/03_sgformer.ipynb) shows how far the published model's logits move in `float32`.
 #
 # **Turn it.** How small may the noise be until ranks stay? And what if we hand the network the ranks that it had without
 # noise? Compare the two lines.
