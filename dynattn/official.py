@@ -98,7 +98,8 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
 
     path_or_state_dict: a file, of which no code is run, or a dict; the entries bare or under "model", "state_dict",
     "state_dict_ema", with or without the prefixes "module." and "backbone.". Position tables of another resolution are
-    resized (bicubic); derived buffers (masks, indices, grids) are ignored.
+    resized (as the model says, or bicubic); derived buffers (masks, indices, grids) and entries that the published code
+    never reads are ignored.
     Raises ValueError, TypeError or FileNotFoundError, with what is missing, unexpected or of the wrong shape and the
     `create_model` call that would fit; the model is unchanged then.
     """
@@ -106,6 +107,8 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
         raise TypeError(f"model: there are no published weights for a {type(model).__name__}")
     entries = model.published_entries()
     state = read_state_dict(path_or_state_dict)
+    if (unused := getattr(model, "unused_entries", None)) is not None:  # that the published code owns and never reads
+        state = {key: value for key, value in state.items() if not unused.fullmatch(key)}
     own = model.state_dict()
     missing = [entry.name for entry in entries.values() if entry.name not in state]
     unexpected = sorted(set(state) - {entry.name for entry in entries.values()})
