@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynattn import checkpoint_files, weights
 from dynattn.models.published import IDENTIFIERS
-from dynattn.models.registry import create_model, load_trained
+from dynattn.models.registry import configuration_of, create_model, load_trained
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema")
 PREFIXES = ("module.", "backbone.")
@@ -177,7 +177,8 @@ def own_model(name: str, state: dict[str, Tensor]) -> nn.Module:
 
     Raises ValueError where they do not fit.
     """
-    head = state.get("head.weight")
+    classifier = configuration_of(name).get("classifier", "head")
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     model = create_model(name, **({} if head is None else {"num_classes": len(head)}))
     buffers = {key: value for key, value in model.state_dict().items() if DERIVED.search(key)}  # left out on reading
     load_trained(model, buffers | state)

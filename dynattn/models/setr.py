@@ -54,6 +54,7 @@ class SETR(nn.Module):
     Raises ValueError, TypeError for arguments that do not fit together. Source: SETR sections 3.2, 3.4 and 4.1.
     """
 
+    segments = True  # what it puts out is a class for each pixel
     unused_entries = re.compile(r"(decode_head|auxiliary_head\.\d+)\.conv_seg\.(weight|bias)")  # nothing reads them
 
     def __init__(
