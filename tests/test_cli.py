@@ -15,7 +15,7 @@ import pytest
 
 from dynattn import __version__, cli
 
-COMMANDS = ("figures", "lab", "table", "train", "bench", "check")
+COMMANDS = ("figures", "lab", "segment", "table", "train", "bench", "check")
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "skimage", "sklearn", "accelerate", "numba")
 
 
