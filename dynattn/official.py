@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dynattn import checkpoint_files, weights
-from dynattn.models.published import IDENTIFIERS
+from dynattn.models.published import DESCRIPTIONS, IDENTIFIERS
 from dynattn.models.registry import configuration_of, create_model, load_trained
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema")
@@ -143,6 +143,7 @@ def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[st
     try:
         name, options = identify(state)
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+        lines += [describe(state) for mark, describe in DESCRIPTIONS.items() if mark in state]
         lines.append(f'It looks like one for dynattn.create_model("{name}"{arguments}).')
     except ValueError:
         lines.append("It is no published model that dynattn knows.")
