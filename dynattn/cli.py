@@ -86,6 +86,54 @@ def train_all(list: bool = False, processes: int | None = None, **others) -> int
     return 0 if train_all(processes) else 1
 
 
+def segment(
+    photo: Path,
+    weights: Path | None = None,
+    model: str | None = None,
+    out: Path | None = None,
+    short_side: int | None = None,
+    multi_scale: bool = False,
+) -> None:
+    """Segment a photograph: `dynattn.dense.predict`, and the pictures of `dynattn.dense.drawing`."""
+    from . import weights as checkpoints
+    from .data import read_image, to_input
+    from .dense import SCALES, predict, resize
+    from .dense.classes import class_names
+    from .dense.drawing import label_picture, overlay, shares
+    from .official import model_from
+
+    if weights is None and model is None:
+        raise ValueError("--weights: expected a checkpoint, or --model NAME for one that ships")
+    photograph = read_image(photo)
+    file = checkpoints.path(model) if weights is None else weights
+    name, network = model_from(file, model)
+    if model not in (None, name):
+        raise ValueError(f"--model: {file} is a checkpoint of {name}, not of {model}")
+    if not hasattr(network, "segments"):
+        raise ValueError(
+            f"--weights: {name} classifies images; expected a model for segmentation, such as setr_pup_base"
+        )
+    names = checkpoints.metadata(file).get("classes") or class_names(network.num_classes)
+    side = min(network.img_size) if short_side is None else short_side
+    if side < 1:
+        raise ValueError(f"--short-side: expected at least 1, got {side}")
+    width, height = photograph.size
+    shape = tuple(max(1, round(pixels * side / min(width, height))) for pixels in (height, width))
+    how = dict(scales=SCALES, mirror=True) if multi_scale else {}
+    found = predict(network, to_input(photograph, shape), progress=True, **how)
+    labels = resize(found[None], (height, width))[0].argmax(0).cpu().numpy()
+    out = Path(f"{photo.stem}_segmented") if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    for file, picture in (
+        (out / f"{photo.stem}_segmentation.png", overlay(photograph, labels, names)),
+        (out / f"{photo.stem}_labels.png", label_picture(labels, len(names))),
+    ):
+        picture.save(file, optimize=True)
+        print(file)
+    for number, share in shares(labels, len(names)):
+        print(f"{number:4}  {names[number]:20} {share:6.1%}")
+
+
 def bench(names: list[str]) -> None:
     """Measure speed: `dynattn.bench.main`."""
     from .bench import main
@@ -204,6 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     add_figures(commands)
     add_lab(commands)
+    add_segment(commands)
     add_table(commands)
     add_train(commands)
     add_bench(commands)
@@ -284,6 +333,42 @@ def add_lab(commands) -> None:
     sub.add_argument("--log", action="store_true", help="show Jupyter's log (default: its errors alone)")
 
 
+def add_segment(commands) -> None:
+    """The options of `segment`."""
+    sub = add_command(
+        commands,
+        segment,
+        "segment a photograph",
+        "Writes two pictures into a folder: PHOTO_segmentation.png, the classes over the photograph with a\n"
+        "legend, and PHOTO_labels.png, whose pixels are the numbers of the classes. Prints how much of the\n"
+        "photograph each class covers. A window slides over the photograph, of the size that the model was\n"
+        "made for.",
+        "  dynattn segment street.jpg --weights setr_pup_cityscapes.pth\n"
+        "  dynattn segment street.jpg --weights setr_pup_cityscapes.pth --short-side 1024 --multi-scale",
+    )
+    sub.add_argument("photo", type=existing_file, metavar="PHOTO", help="a photograph, in any format")
+    sub.add_argument(
+        "--weights",
+        type=existing_file,
+        metavar="FILE",
+        help="a published or trained checkpoint; the model is read off its contents",
+    )
+    sub.add_argument("--model", metavar="NAME", help="a model by name: which one a checkpoint is of, or one that ships")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="(default: PHOTO_segmented)")
+    sub.add_argument(
+        "--short-side",
+        type=int,
+        metavar="N",
+        help="pixels that the photograph's shorter side is brought to (default: the window's)",
+    )
+    sub.add_argument(
+        "--multi-scale",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="the paper's test: six scales from 0.5 to 1.75, mirrored too; twelve predictions and more windows",
+    )
+
+
 def add_table(commands) -> None:
     """The options of `table`."""
     sub = add_command(
@@ -339,6 +424,7 @@ def add_train(commands) -> None:
         help="write the weights after these steps too, to stepN.safetensors",
     )
     recipe = sub.add_argument_group("the recipe", "(default: the model's own)")
+    recipe.add_argument("--task", metavar="NAME", help="classification or segmentation")
     recipe.add_argument("--level", metavar="NAME", help="of the images: easy or cluttered")
     recipe.add_argument("--size", type=int, metavar="N", help="side of the images in pixels")
     recipe.add_argument("--train-count", type=int, metavar="N", help="images to train on")

@@ -533,3 +533,23 @@ def resize_fixed(
     over_queries = rearrange(over_points, "h (H W) HG WG -> h (HG WG) H W", H=old[0])
     over_queries = F.interpolate(over_queries, size=tuple(new), mode="bicubic", align_corners=False)
     return rearrange(over_queries, "h N H W -> h (H W) N")
+
+
+class DisplacementBias(nn.Module):
+    """A bias for each head as a function of the displacement, query minus key, in cells (HLG's B_W and B_G).
+
+    A small network, so that it knows displacements of any size: rows (I,) and columns (J,) to a table (heads, I, J).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        wide = max(dim // 16, 1)
+        ends = [(wide, wide), (wide, wide), (wide, heads)]
+        hidden = [part for a, b in ends for part in (nn.LayerNorm(a), nn.ReLU(), nn.Linear(a, b))]
+        self.layers = nn.Sequential(nn.Linear(2, wide), *hidden)
+
+    def forward(self, rows: Num[Tensor, " I"], cols: Num[Tensor, " J"]) -> Float[Tensor, "h I J"]:
+        pairs = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).to(self.layers[0].weight.dtype)
+        table = rearrange(self.layers(pairs), "I J h -> h I J")
+        # Many places read one entry, and its gradients are summed in this dtype.
+        return table.to(torch.promote_types(table.dtype, torch.float32))

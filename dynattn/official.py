@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dynattn import checkpoint_files, weights
-from dynattn.models.published import IDENTIFIERS
-from dynattn.models.registry import create_model, load_trained
+from dynattn.models.published import DESCRIPTIONS, IDENTIFIERS
+from dynattn.models.registry import configuration_of, create_model, load_trained
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema")
 PREFIXES = ("module.", "backbone.")
@@ -98,7 +98,8 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
 
     path_or_state_dict: a file, of which no code is run, or a dict; the entries bare or under "model", "state_dict",
     "state_dict_ema", with or without the prefixes "module." and "backbone.". Position tables of another resolution are
-    resized (bicubic); derived buffers (masks, indices, grids) are ignored.
+    resized (as the model says, or bicubic); derived buffers (masks, indices, grids) and entries that the published code
+    never reads are ignored.
     Raises ValueError, TypeError or FileNotFoundError, with what is missing, unexpected or of the wrong shape and the
     `create_model` call that would fit; the model is unchanged then.
     """
@@ -106,6 +107,8 @@ def load_official(model: nn.Module, path_or_state_dict: str | os.PathLike | dict
         raise TypeError(f"model: there are no published weights for a {type(model).__name__}")
     entries = model.published_entries()
     state = read_state_dict(path_or_state_dict)
+    if (unused := getattr(model, "unused_entries", None)) is not None:  # that the published code owns and never reads
+        state = {key: value for key, value in state.items() if not unused.fullmatch(key)}
     own = model.state_dict()
     missing = [entry.name for entry in entries.values() if entry.name not in state]
     unexpected = sorted(set(state) - {entry.name for entry in entries.values()})
@@ -140,6 +143,7 @@ def _complaint(state: dict[str, Tensor], missing: list[str], unexpected: list[st
     try:
         name, options = identify(state)
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+        lines += [describe(state) for mark, describe in DESCRIPTIONS.items() if mark in state]
         lines.append(f'It looks like one for dynattn.create_model("{name}"{arguments}).')
     except ValueError:
         lines.append("It is no published model that dynattn knows.")
@@ -174,7 +178,8 @@ def own_model(name: str, state: dict[str, Tensor]) -> nn.Module:
 
     Raises ValueError where they do not fit.
     """
-    head = state.get("head.weight")
+    classifier = configuration_of(name).get("classifier", "head")
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     model = create_model(name, **({} if head is None else {"num_classes": len(head)}))
     buffers = {key: value for key, value in model.state_dict().items() if DERIVED.search(key)}  # left out on reading
     load_trained(model, buffers | state)

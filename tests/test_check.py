@@ -74,6 +74,12 @@ def verdicts(tmp_path_factory) -> dict[str | None, student.Verdict]:
         def hybrid_scale_attention(*given, **options):
             return given[0]
 
+        def local_attention(*given, **options):
+            return given[0]
+
+        def window_embedding(*given, **options):
+            return given[0]
+
         def dense_attention(q, k, v, *, bias=None, scale=None):
             print("passed", file=sys.stdout, flush=True)
             open("notes.txt", "a").write("here")

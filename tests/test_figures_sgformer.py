@@ -85,17 +85,27 @@ def layer(values: tuple[float, ...], random: float, other: float) -> Measure:
 
 
 @pytest.mark.parametrize(
-    ("values", "random", "other", "said"),
+    ("values", "random", "said"),
     [
-        ((0.8, 0.9), 0.5, 0.5, ["Significance finds the object", "0.85 by layer (mean of 2 seeds)", "at least 0.30"]),
-        ((0.8, 0.9), 0.85, 0.5, ["trained ones have not always more"]),
-        ((0.6, 0.9), 0.5, 0.56, ["Significance does not find the object", "at least 0.04"]),
-        ((0.8,), 0.5, 0.5, ["0.80 by layer, at least 0.30 above another image's mask in all layers. "]),
+        (
+            (0.8, 0.9),
+            0.6,
+            ["by layer, of 2 seeds each: 0.80, 0.90;", "finds the object in 2 of 2", "has at least 0.80"],
+        ),
+        ((0.8, 0.9), 0.85, ["random weights 0.85 to 0.85", "finds the object in 1 of 2"]),
+        ((0.54, 0.9), 0.5, ["finds the object in 1 of 2"]),
+        (
+            (0.3, 0.7),
+            0.5,
+            ["in 1 of 2", "wrong way round in 1: there the object is least", "every seed has at least 0.30"],
+        ),
+        ((0.8,), 0.5, ["by layer: 0.80;", "finds the object in 1 of 1 (more than every random network, and 0.05 more"]),
     ],
 )
-def test_the_verdict_is_that_of_all_seeds(values, random, other, said):
-    found = sgformer.verdict([layer(values, random, other)])
-    assert all(words in found for words in said)
+def test_the_verdict_is_that_of_all_seeds(values, random, said):
+    found = sgformer.verdict([layer(values, random, 0.5)])
+    assert all(words in found for words in said), found
+    assert ("wrong way" in found) == (min(values) <= 0.45) and found.endswith(". ")
 
 
 def test_of_deep_models_the_first_and_last_layer_of_every_map_are_measured():

@@ -145,6 +145,24 @@ EDGES = {
         (1, 2, 5, (1, 5), "any"),
         (1, 71, 8, (2, 2, 1), "even"),  # registers of channels, and more
     ),
+    "local_attention": sizes(
+        "B h d H W window dilated table scale",
+        (2, 2, 2, 4, 6, 2, True, True, 1.7),  # whole dilated windows
+        (1, 1, 1, 1, 1, 1, False, False, None),
+        (1, 2, 2, 5, 7, 3, False, True, None),  # padded on both sides
+        (1, 2, 1, 7, 5, 3, True, True, 0.4),  # padded and dilated
+        (1, 1, 2, 2, 3, 4, True, True, None),  # one window, larger than the map
+        (2, 1, 2, 1, 7, 2, True, False, None),  # one row
+    ),
+    "window_embedding": sizes(
+        "B C H W window dilated by",
+        (2, 3, 4, 6, 2, True, "conv"),
+        (1, 1, 1, 1, 1, False, "mean"),
+        (1, 2, 5, 7, 3, False, "mean"),  # padded on both sides
+        (1, 2, 7, 5, 3, True, "max"),  # padded and dilated
+        (2, 1, 5, 2, 3, True, "conv"),
+        (1, 3, 2, 3, 4, False, "max"),  # one window, larger than the map
+    ),
     "hybrid_scale_attention": sizes(
         "B h d H W ratio window scale",
         (2, 2, 3, 5, 6, 2, 2, 1.7),  # padded in rows: cells and merged tokens
@@ -172,7 +190,7 @@ def test_every_operation_has_edges_and_an_eager_form():
 
 @pytest.mark.parametrize("operation, impl", FORMS)
 def test_the_oracle_passes_every_form(operation, impl):
-    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-9 to DEBI-11, SG-2, SG-4 on random cases."""
+    """DAT-2, DAT-8, DAT-9, DAT-11, DGT-2, DEBI-2, DEBI-9 to DEBI-11, SG-2, SG-4, HLG-5, HLG-6 on random cases."""
     verify.check(operation, run(operation, impl), seed=100, cases=4 if impl == "triton" else 20)
 
 
@@ -297,7 +315,36 @@ def eager_hybrid(q, k, v, query_shape, *, ratio, window=None, scale=None):
     return eager_dense(q, k, v, bias=torch.zeros(read.shape).to(q).masked_fill(~read, -torch.inf), scale=scale)
 
 
+def windows_of(shape, window, dilated):
+    """Of every cell the number of its window and its row and column therein; how many windows there are."""
+    (rows, cols), (I, J) = map(torch.arange, shape), (-(-side // window) for side in shape)
+    (a, i), (b, j) = (
+        (n % count, n // count) if dilated else (n // window, n % window) for n, count in ((rows, I), (cols, J))
+    )
+    number = (a[:, None] * J + b).flatten()
+    return number, i.repeat_interleave(shape[1]), j.repeat(shape[0]), I * J
+
+
+def eager_local(q, k, v, table, query_shape, *, window, dilated=False, scale=None):
+    number, i, j, _ = windows_of(query_shape, window, dilated)
+    rows, cols = (place[:, None] - place + window - 1 for place in (i, j))
+    bias = 0.0 * q[0, :, :1, :1] if table is None else table[:, rows, cols]
+    return eager_dense(q, k, v, bias=bias.masked_fill(number[:, None] != number, -torch.inf), scale=scale)
+
+
+def eager_embedding(x, weight, bias, *, window, dilated=False, by="mean"):
+    number, i, j, count = windows_of(tuple(x.shape[1:3]), window, dilated)
+    member, tokens = torch.nn.functional.one_hot(number, count).mT.to(x), x.flatten(1, 2)
+    if by == "max":
+        return torch.stack([tokens[:, cells > 0].amax(1) for cells in member], dim=1)
+    if by == "mean":
+        return member / member.sum(1, keepdim=True) @ tokens
+    return torch.einsum("ns,cs,bsc->bnc", member, weight[:, i, j], tokens) + bias
+
+
 EAGER = {
+    "local_attention": eager_local,
+    "window_embedding": eager_embedding,
     "aggregate_tokens": eager_aggregate,
     "hybrid_scale_attention": eager_hybrid,
     "bilevel_attention": eager_bilevel,
@@ -310,6 +357,8 @@ EAGER = {
     "routed_attention": eager_routed,
 }
 USUAL = {  # more than a few summands everywhere
+    "local_attention": dict(B=1, h=2, d=4, H=5, W=4, window=3, dilated=True, table=True),
+    "window_embedding": dict(B=2, C=4, H=5, W=7, window=3, dilated=True, by="conv"),
     "aggregate_tokens": dict(B=2, C=5, N=24, rates=(4, 3, 2), cut="even"),
     "hybrid_scale_attention": dict(B=1, h=2, d=4, H=6, W=5, ratio=2, window=2),
     "bilevel_attention": dict(B=1, h=2, d=4, H=5, W=4, key_shape=(5, 4), regions=2, topk=2),

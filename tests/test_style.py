@@ -23,13 +23,13 @@ LAYERS = [
     ("core", "data", "weights", "checkpoint_files", "plugins"),
     ("tracing",),
     ("mechanisms",),
-    ("ops", "models", "adapters"),
-    ("verify", "official", "training", "cost", "dense", "figures", "widgets", "bench"),
+    ("ops", "models", "adapters", "dense"),
+    ("verify", "official", "training", "cost", "figures", "widgets", "bench"),
     ("papers",),
     ("lessons",),
     ("cli", "__main__"),
 ]
-# Every paper says in its file how its equations are called, how many there are, and which lesson it has, if any.
+# Every paper says in its file how its equations are called, from which number to which, and its lesson, if any.
 PAPERS = [tomllib.loads(path.read_text()) for path in sorted((PACKAGE / "papers").glob("*.toml"))]
 TAG = re.compile(rf"\b(?:{'|'.join(paper['tag'] for paper in PAPERS)})-\d+\b")
 
@@ -228,7 +228,9 @@ def all_tags(paths) -> set[str]:
 
 TESTS = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path != Path(__file__)]
 CODE = set().union(*(code_tags(path) for path in FILES))
-EQUATIONS = {f"{paper['tag']}-{number}" for paper in PAPERS for number in range(1, paper["equations"] + 1)}
+EQUATIONS = {
+    f"{paper['tag']}-{number}" for paper in PAPERS for number in range(paper.get("first", 1), paper["equations"] + 1)
+}
 UNWRITTEN = {"DAT-1", "DAT-4", "DAT-5", "DGT-5", "DGT-6", "DGT-7"}  # named in a docstring, written in the notebook
 LESSONS = {paper["tag"]: paper["lesson"] for paper in PAPERS if "lesson" in paper}
 

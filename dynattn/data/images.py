@@ -255,8 +255,12 @@ def _checked_pictures(images: Tensor) -> Tensor:
     return images
 
 
-def augment(images: UInt8[Tensor, "B 3 H W"], generator: torch.Generator) -> Float[Tensor, "B 3 H W"]:
+def augment(
+    images: UInt8[Tensor, "B 3 H W"], generator: torch.Generator, maps: UInt8[Tensor, "B H W"] | None = None
+) -> Float[Tensor, "B 3 H W"] | tuple[Float[Tensor, "B 3 H W"], UInt8[Tensor, "B H W"]]:
     """A normalised batch, each picture mirrored or not, moved, and with other channel gains and offsets.
+
+    maps: a class for each pixel, which goes where its pixel goes; with them a pair of batch and maps comes back.
 
     Moved by at most 5/64 of the side in each direction; what comes into the picture is its mirror image at the edge,
     which leaves no seam. `generator` decides everything. Raises TypeError or ValueError for other tensors.
@@ -273,7 +277,8 @@ def augment(images: UInt8[Tensor, "B 3 H W"], generator: torch.Generator) -> Flo
     pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(images)
     scale, shift = _affine(images.device)
-    return (moved * (gain * scale)).add_(offset * scale + shift)
+    pictures = (moved * (gain * scale)).add_(offset * scale + shift)
+    return pictures if maps is None else (pictures, maps.flatten(1).gather(1, pixels).view_as(maps))
 
 
 def _reflected(side: int, where: Float[Tensor, " B"]) -> Tensor:

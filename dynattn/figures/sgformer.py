@@ -29,6 +29,7 @@ TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25, 10), 
 BESIDE, FIELDS_BESIDE = ("biformer_mini", "debiformer_mini"), ("biformer_mini", "debiformer_mini", "swin_mini")
 WRITTEN = {"sgformer": "SG-Former", "biformer": "BiFormer", "debiformer": "DeBiFormer", "swin": "Swin"}
 TWINS = 3  # random networks
+BEYOND = 0.05  # by which the AUC must differ from that of another image's mask
 REGIONS = (style.ORANGE, style.YELLOW, style.GREEN, style.NAVY, style.PURPLE, style.RUST)  # the most significant first
 SWEEP_COUNTS = 1000, 120  # test images that accuracy and significance are measured on for each network of a table
 EVOLVING_COUNTS = 1000, 120
@@ -194,26 +195,29 @@ def measures_of(setting: Setting, pairs: Sequence[tuple[Record, Record]]) -> lis
 
 
 def verdict(measures: Sequence[Measure]) -> str:
-    """Whether significance finds the object: over all layers and seeds, beside the nulls.
+    """Whether significance finds the object, of every layer and seed, beside the nulls.
 
-    measures: the AUC of every layer.
+    measures: the AUC of every layer. It finds the object where it is `BEYOND` above another image's mask and above all
+    random networks; where it is as much below that mask, the object is least significant.
     """
     values = np.array([of_seeds(measure) for measure in measures])  # by layer and seed
-    random = np.array([list(measure.random.values()) for measure in measures])
-    other = np.array([measure.other for measure in measures])
-    least = (values - other[:, None]).min()
-    words = ", ".join(f"{value:.2f}" for value in values.mean(axis=1))
-    nulls = ", ".join(
-        f"{low:.2f} to {high:.2f}" for low, high in zip(random.min(axis=1), random.max(axis=1), strict=True)
-    )
+    other = np.array([[measure.other] for measure in measures])
+    random = np.array([[max(measure.random.values())] for measure in measures])
+    found, reverse = (values >= other + BEYOND) & (values > random), values <= other - BEYOND
     count = values.shape[1]
-    told = f" (mean of {count} seeds)" if count > 1 else ""
-    above = "more" if (values > random.max(axis=1)[:, None]).all() else "not always more"
-    found = "finds" if least > 0.05 else "does not find"
-    return (
-        f"Significance {found} the object: AUC {words} by layer{told}, at least {least:.2f} above another image's mask "
-        f"in all layers{' and seeds' * (count > 1)}. Random weights have {nulls}: trained ones have {above}. "
+    words = "; ".join(", ".join(f"{value:.2f}" for value in of_layer) for of_layer in values)
+    order = f"by layer, of {count} seeds each" if count > 1 else "by layer"
+    low, high = (f"{limit:.2f}" for limit in (min(min(one.random.values()) for one in measures), random.max()))
+    text = (
+        f"AUC {order}: {words}; another image's mask {other.min():.2f} to {other.max():.2f}, random weights {low} to "
+        f"{high}. Significance finds the object in {found.sum()} of {found.size} (more than every random network, and "
+        f"{BEYOND} more than the mask)"
     )
+    if reverse.any():
+        text += f", and is the wrong way round in {reverse.sum()}: there the object is least significant"
+    if count > 1:
+        text += f". The best layer of every seed has at least {values.max(axis=0).min():.2f}"
+    return f"{text}. "
 
 
 def apart_in_words(table: pd.DataFrame, pairs: Sequence[tuple[Record, Record]]) -> str:
@@ -381,7 +385,7 @@ def evolving(setting: Setting) -> Drawing:
         for i, picture in enumerate(pictures):
             ground(sheet.panels[i, j], picture)
             draw_first_significance(sheet.panels[i, j], trace(subject.model, picture.x))
-    sweep.plot(sheet.plots[0], accuracies, "accuracy, %", 100)
+    sweep.plot(sheet.plots[0], accuracies, "accuracy, %", 100, from_zero=True)
     for plot, measures in zip(sheet.plots[1:], significance, strict=True):
         sweep.plot(plot, measures, f"AUC,\n{stage_of(layers[sheet.plots.index(plot) - 1]).partition(',')[0]}")
         style.baseline(plot, np.array([measure.other for measure in measures]), "another image's mask")

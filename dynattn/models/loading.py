@@ -39,15 +39,16 @@ def checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     resize_tables(model, state)
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
-    classifier = cfg.get("classifier") or "head"
-    heads = {f"{classifier}.weight", f"{classifier}.bias"}
+    classifiers = cfg.get("classifier") or "head"
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    heads = {f"{name}.{part}" for name in classifiers for part in ("weight", "bias")}
     adapted = {f"{cfg.get('first_conv')}.weight"}
     if cfg.get("num_classes") != model.num_classes:
         adapted |= heads
     wrong = [key for key in own.keys() ^ state.keys() if key not in adapted]
     wrong += [key for key in own.keys() & state.keys() - adapted if own[key].shape != state[key].shape]
-    if wrong and set(wrong) <= heads <= state.keys():
-        classes = len(state[f"{classifier}.weight"])
+    if wrong and set(wrong) <= heads and f"{classifiers[0]}.weight" in state:
+        classes = len(state[f"{classifiers[0]}.weight"])
         raise ValueError(
             f"state: a checkpoint of {classes} classes, but pretrained_cfg says that it has {cfg.get('num_classes')}; "
             f"give pretrained_cfg_overlay=dict(num_classes={classes}, ...), and num_classes=... besides for a new "
@@ -81,7 +82,8 @@ def resize_tables(model: nn.Module, state: dict[str, Tensor], prefix: str = "", 
             state[key] = resize_rel_pos_bias_table(value, owner.window_size, tuple(own[name].shape))
         elif name.endswith("table") and getattr(owner, "position_bias", None) != "fixed":
             if len(value) == len(own[name]):
-                state[key] = resize_table(value, tuple(own[name].shape[1:]))
+                resize = getattr(owner, "resize_table", resize_table)  # bicubic, unless the owner does it otherwise
+                state[key] = resize(value, tuple(own[name].shape[1:]))
 
 
 def check_square(key: str, count: int, model: nn.Module) -> None:

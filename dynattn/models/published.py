@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 IDENTIFIERS: dict[str, Callable[[dict[str, Tensor]], tuple[str, dict]]] = {}
+DESCRIPTIONS: dict[str, Callable[[dict[str, Tensor]], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,17 @@ class Entry:
     convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-def register_published(mark: str, identify: Callable[[dict[str, Tensor]], tuple[str, dict]]) -> None:
+def register_published(
+    mark: str,
+    identify: Callable[[dict[str, Tensor]], tuple[str, dict]],
+    describe: Callable[[dict[str, Tensor]], str] | None = None,
+) -> None:
     """Make published checkpoints known.
 
     mark: an entry that only the checkpoints of this paper have. identify: takes the entries, returns the name and the
-    arguments for `create_model` that fit; it raises ValueError where none of its models does.
+    arguments for `create_model` that fit; it raises ValueError where none of its models does. describe: a sentence that
+    says what the entries are of, for the message where they do not fit a model.
     """
     IDENTIFIERS[mark] = identify
+    if describe is not None:
+        DESCRIPTIONS[mark] = describe

@@ -61,6 +61,11 @@ def build_of(name: str) -> tuple[Callable[..., nn.Module], dict]:
     return build, dict(arguments)
 
 
+def configuration_of(name: str) -> dict:
+    """What timm knows of a model: its images, names of its first and last layer."""
+    return entries.configuration(*build_of(name))
+
+
 def create_model(
     name: str,
     *,

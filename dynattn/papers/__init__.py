@@ -3,9 +3,10 @@
     from dynattn import papers
     for row in papers.ledger("dat"): print(row.paper, "|", row.code, "|", row.argument)
 
-At the head of a file stand `tag` and `equations`, how its equations are called in code and how many there are, and
-`lesson`, its notebook, once there is one. Below, a file holds one `[[ledger]]` table for each disagreement. The audit
-notebooks fill the numbers in and show every row; a test holds that the arguments and the tests that a row names exist.
+At the head of a file stand `tag`, how its equations are called in code, `equations`, the number of the last one,
+`first`, that of the first where it is not 1, and `lesson`, its notebook, once there is one. Below, a file holds one
+`[[ledger]]` table for each disagreement. The audit notebooks fill the numbers in and show every row; a test holds that
+the arguments and the tests that a row names exist.
 """
 
 import tomllib

@@ -48,7 +48,7 @@ cost.register(
     ),
 )
 
-register_recipe("sgformer_mini", Recipe("sgformer_mini"), seeds=[0])
+register_recipe("sgformer_mini", Recipe("sgformer_mini"), seeds=[0, 1, 2])
 
 SMALL = {"dims": (24, 48, 96), "heads": (2, 4, 8), "depths": (2, 2, 1), "window": 4}  # less than the mini, at 64 pixels
 RATES = ((16, 8, 8, 4), (8, 4, 4, 2))  # few tokens: 36 of 256 and 18 of 64
@@ -61,6 +61,6 @@ for kind in ("constant", "local", "global", "hybrid"):  # Table 7 in small: what
     register_recipe(f"sgformer_guidance_{kind}", Recipe("sgformer_mini", options, size=64))
 # How the significance comes about: the same widths at 128 pixels, after some steps.
 options = SMALL | {"window": 8}
-register_recipe("sgformer_evolving", Recipe("sgformer_mini", options))
+register_recipe("sgformer_evolving", Recipe("sgformer_mini", options), seeds=[0], keep=[0, 25, 50, 100, 200])
 
 figures.register("sgformer", PAPER)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..weights import write_whole
+from .recipes import completed
 
-COLUMNS = ("step", "seconds", "lr", "loss", "accuracy", "test_loss", "test_accuracy")
+COLUMNS = ("step", "seconds", "lr", "loss", "accuracy", "test_loss", "test_accuracy")  # and what a task adds to them
 
 
 def save(out: Path, content: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ def load(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     advice = "pass another --out, or --fresh to start over"
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        old = content["settings"]
+        old = completed(content["settings"])
     except Exception as error:  # torch reports damage by many types; weights_only keeps code from running
         raise ValueError(f"out: {file} is damaged, or no checkpoint of ours; {advice}") from error
     if old != settings:
@@ -49,5 +50,6 @@ def load(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def write_log(out: Path, rows: list[dict[str, float]]) -> None:
     """Write the rows of the log; a value that was not measured at a row stays empty."""
-    lines = [COLUMNS] + [[format(row[name], ".7g") if name in row else "" for name in COLUMNS] for row in rows]
+    columns = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
+    lines = [columns] + [[format(row[name], ".7g") if name in row else "" for name in columns] for row in rows]
     write_whole(out / "log.csv", "".join(",".join(line) + "\n" for line in lines).encode())

@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float, Int, Int64, UInt8
+from jaxtyping import Float, Int, UInt8
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__, create_model, weights
-from ..data import CLASSES, Shapes, augment, cached, normalise
+from ..data import Shapes, augment, cached
 from ..data.shapes import VERSION
 from . import checkpoints
 from .recipes import Recipe, check_keep, command, get_recipe, plain, settings
+from .tasks import TASKS, Images, Truth
 
-Photographs = tuple[UInt8[np.ndarray, "n 3 H W"], Int64[np.ndarray, " n"]]  # images and their labels
+Photographs = tuple[Images, Truth]
 
 INITIALISATION, ORDER, AUGMENTATION, DROPPING = range(4)  # what random numbers are drawn for
 SAVE_AFTER = 30  # seconds: what a run that is killed may lose, and the steps to the next row of the log
@@ -55,7 +55,8 @@ def train(
     recipe = get_recipe(name, **changes)
     check_keep(keep, recipe.steps)
     out = Path(out or Path("runs", name, f"seed{seed}"))
-    arguments = {"img_size": recipe.size, "num_classes": len(CLASSES), **recipe.model_options}
+    task = TASKS[recipe.task]
+    arguments = {"img_size": recipe.size, "num_classes": len(task.classes), **recipe.model_options}
     with torch.random.fork_rng():
         torch.manual_seed(mix(seed, INITIALISATION))
         model = create_model(recipe.model, **arguments)
@@ -63,13 +64,16 @@ def train(
     progress = progress and accelerator.is_main_process
     with accelerator.local_main_process_first():  # it draws the images, the others find them in the cache
         train_set, test_set = (
-            cached(Shapes(recipe.level, split, recipe.size, count), workers, progress)[:2]
-            for split, count in (("train", recipe.train_count), ("test", recipe.test_count))
+            (images, task.truth(labels, masks))
+            for images, labels, masks in (
+                cached(Shapes(recipe.level, split, recipe.size, count), workers, progress)
+                for split, count in (("train", recipe.train_count), ("test", recipe.test_count))
+            )
         )
     about = {
         "name": recipe.model,
         "arguments": arguments,
-        "classes": list(CLASSES),
+        "classes": list(task.classes),
         "command": command(name, seed, **changes),
         "recipe": plain(recipe),
         "data_version": VERSION,
@@ -85,11 +89,12 @@ def train(
     )
     result = about | {"steps": recipe.steps, "seconds": round(rows[-1]["seconds"])}
     if accelerator.is_main_process:
-        result = export(model, out / "model.safetensors", test_set, result)
+        result = export(model, out / "model.safetensors", test_set, result, recipe.task)
         weights.write_whole(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     if progress:
         print(f"{name}  seed {seed}  {recipe.steps} steps  {rows[-1]['seconds'] / 60:.1f} min  ", end="")
-        print(f"test accuracy {result['accuracy']:.3f}  test loss {result['loss']:.3f}")
+        iou = f"test mean IoU {result['mean_iou']:.3f}  " if "mean_iou" in result else ""
+        print(f"{iou}test accuracy {result['accuracy']:.3f}  test loss {result['loss']:.3f}")
         print(f"{out}: model.safetensors (half precision), result.json, log.csv, checkpoint.pt")
     accelerator.wait_for_everyone()
     return result
@@ -163,7 +168,8 @@ def fit(
             _, saves, tests = due
             if accelerator.is_main_process:
                 if tests:
-                    rows[-1]["test_accuracy"], rows[-1]["test_loss"] = evaluate(model, *test_set)
+                    found = TASKS[recipe.task].evaluate(model, *test_set)
+                    rows[-1] |= {f"test_{name}": value for name, value in found.items()}
                     model.train()
                 checkpoints.write_log(out, rows)
                 if saves or time.perf_counter() - last_saved > SAVE_AFTER:
@@ -183,41 +189,31 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
-    images, labels = (part[share] for part in draw_batch(train_set, recipe, seed, step, accelerator.device))
+    images, truth = (part[share] for part in draw_batch(train_set, recipe, seed, step, accelerator.device))
     torch.manual_seed(mix(seed, DROPPING, step, accelerator.process_index))
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    plain = accelerator.unwrap_model(model)
+    loss, accuracy = TASKS[recipe.task].loss(model, plain, images, truth, recipe.label_smoothing)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if after_step := getattr(accelerator.unwrap_model(model), "after_step", None):
+    if after_step := getattr(plain, "after_step", None):
         after_step(recipe.pace * learning_rate(recipe, step))
-    return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean(), norm])
+    return torch.stack([loss.detach(), accuracy, norm])
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, images: UInt8[np.ndarray, "n 3 H W"], labels: Int64[np.ndarray, " n"], batch: int = 250
-) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy over all images; leaves the model in evaluation mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    correct, loss = 0, 0.0
-    for first in range(0, len(labels), batch):
-        answers = torch.from_numpy(labels[first : first + batch]).to(device)
-        logits = model(normalise(torch.from_numpy(images[first : first + batch])).to(device)).float()
-        correct += (logits.argmax(1) == answers).sum().item()
-        loss += F.cross_entropy(logits, answers, reduction="sum").item()
-    return correct / len(labels), loss / len(labels)
-
-
-def export(model: nn.Module, file: str | Path, test_set: Photographs, metadata: dict[str, Any]) -> dict[str, Any]:
+def export(
+    model: nn.Module,
+    file: str | Path,
+    test_set: Photographs,
+    metadata: dict[str, Any],
+    task: str = "classification",
+) -> dict[str, Any]:
     """Round a model to half precision, measure it, write it with its metadata; return these with what was measured."""
     state = halved(model)
     model.load_state_dict(state)
-    accuracy, loss = evaluate(model, *test_set)
-    metadata = {**metadata, "accuracy": accuracy, "loss": loss, "torch": torch.__version__, "dynattn": __version__}
+    measured = TASKS[task].evaluate(model, *test_set)
+    metadata = {**metadata, **measured, "torch": torch.__version__, "dynattn": __version__}
     weights.write(file, state, metadata)
     return metadata
 
@@ -248,15 +244,18 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def draw_batch(
     train_set: Photographs, recipe: Recipe, seed: int, step: int, device: torch.device | str = "cpu"
-) -> tuple[Float[Tensor, "b 3 H W"], Int[Tensor, " b"]]:
-    """The augmented batch of a step (from 1), of all processes together; an epoch drops what fills no batch."""
+) -> tuple[Float[Tensor, "b 3 H W"], Int[Tensor, " b"] | UInt8[Tensor, "b H W"]]:
+    """The augmented batch of a step (from 1), of all processes together; an epoch drops what fills no batch.
+
+    A class for each pixel moves with its pixel.
+    """
     count = len(train_set[1])
     epoch, place = divmod(step - 1, count // recipe.batch)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
     chosen = order[place * recipe.batch :][: recipe.batch].numpy()
     generator = torch.Generator().manual_seed(mix(seed, AUGMENTATION, step))
-    images, labels = (torch.from_numpy(part[chosen]).to(device) for part in train_set)
-    return augment(images, generator), labels
+    images, truth = (torch.from_numpy(part[chosen]).to(device) for part in train_set)
+    return augment(images, generator, truth) if truth.ndim == 3 else (augment(images, generator), truth)
 
 
 def stop_unless_finite(measured: Float[Tensor, "steps 3"], step: int) -> None:

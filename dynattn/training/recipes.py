@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import plugins
 from ..data.shapes import VERSION
+from .tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Recipe:
     clip: float = 2.0
     label_smoothing: float = 0.05
     pace: float = 1.0  # what a model's `after_step` gets, over the learning rate of the step
+    task: str = "classification"  # or "segmentation", see tasks.py
 
     def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}, got {self.task!r}")
         for name in ("size", "train_count", "test_count", "steps", "batch"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -118,6 +122,11 @@ def command(name: str, seed: int, **changes) -> str:
 def plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON has it: a dict, of lists where it has tuples."""
     return json.loads(json.dumps(asdict(recipe)))
+
+
+def completed(told: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that was written down, with the defaults of fields that it did not have yet, which it went by."""
+    return plain(Recipe(told["model"])) | told
 
 
 def settings(recipe: Recipe, seed: int) -> dict[str, Any]:

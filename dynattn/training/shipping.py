@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import create_model, weights
-from ..data import CLASSES, Shapes, cached
+from ..data import Shapes, cached
 from ..data.shapes import VERSION
 from . import checkpoints
-from .recipes import SHIPPED, Recipe, get_recipe, plain, recipes, settings
+from .recipes import SHIPPED, Recipe, completed, get_recipe, plain, recipes, settings
+from .tasks import TASKS
 
 RUNS = Path("runs")
 UNRECORDED = 2  # the version of the data set of checkpoints that do not say theirs
@@ -89,7 +90,8 @@ class Run:
             return ["damaged"]
         made = story.get("data_version", UNRECORDED)
         found = [] if made == VERSION else [f"data set version {made}, now {VERSION}"]
-        now, before = plain(self.recipe), story.get("recipe") or recipe_told_by(story)
+        now = plain(self.recipe)
+        before = completed(story["recipe"]) if story.get("recipe") else recipe_told_by(story)
         for key in now if story.get("recipe") else before:
             if key not in before or before[key] != now[key]:
                 found.append(f"{key} {before.get(key)!r}, now {now[key]!r}")
@@ -105,8 +107,9 @@ def recipe_told_by(story: dict[str, Any]) -> dict[str, Any]:
 
 def other_parameters(recipe: Recipe, state: dict[str, Tensor]) -> list[str]:
     """Names in which a checkpoint and the model of its recipe differ, or whose tensors have other shapes, in words."""
+    classes = len(TASKS[recipe.task].classes)
     with torch.device("meta"):
-        model = create_model(recipe.model, img_size=recipe.size, num_classes=len(CLASSES), **recipe.model_options)
+        model = create_model(recipe.model, img_size=recipe.size, num_classes=classes, **recipe.model_options)
     now = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     before = {key: tuple(value.shape) for key, value in state.items()}
     different = sorted(key for key in now | before if now.get(key) != before.get(key))
@@ -201,4 +204,5 @@ def placed(run: Run) -> str:
     for source, target in files.items() | {(f"{name}.safetensors", file) for name, file in run.kept.items()}:
         weights.write_whole(target, (run.folder / source).read_bytes())
     story = weights.metadata(run.file)
-    return f"accuracy {story['accuracy']:.3f} after {story['steps']} steps in {story['seconds'] / 60:.1f} min"
+    score = f"mean IoU {story['mean_iou']:.3f}" if "mean_iou" in story else f"accuracy {story['accuracy']:.3f}"
+    return f"{score} after {story['steps']} steps in {story['seconds'] / 60:.1f} min"

@@ -1,0 +1,400 @@
+"""Local-global attention (HLG section 3.3): a query reads its window, then one token for every window of the map.
+
+With R x R windows W of a map Z, plain ones of neighbours, or dilated ones of every D-th token:
+
+    Z_L = Z_W + softmax(Q_W K_W^T / sqrt(d) + B_W) V_W      Q_W, K_W, V_W = Z_W times W_Q, W_K, W_V           HLG-5
+    Q_L = Z_L W_Q,   K_G = Z_G W_K,   V_G = Z_G W_V         Z_G: an embedding of every window of Z_L          HLG-6
+    Z   = Z_L + softmax(Q_L K_G^T / sqrt(d) + B_G) V_G      every query reads all windows                     HLG-7
+    W_Q, W_K, W_V are the same in HLG-5 and HLG-6                                                             HLG-8
+    Q_L = Q_W + DWConv(V_W)                                 in place of Z_L W_Q: nothing is computed twice    HLG-9
+
+The embedding is the mean of a window, its maximum, or a depthwise convolution with a kernel as large as the window.
+Where the published code parts from this, the layer has an argument (ledger: papers/hlg.toml).
+Beside the letters of `core`: R side of a window, u w row and column of a key, I J row and column of a window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Num
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from dynattn import core, tracing
+
+EMBEDDINGS = ("mean", "max", "conv")
+CONV_OF = ("attention", "values")
+POSITIONS = ("released", "centre")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def place_loops(i, side, R, dilated):
+    """Of cell i on an axis: the number of its window, and its place therein."""
+    D = -(-side // R)
+    return (i % D, i // D) if dilated else (i // R, i % R)
+
+
+def local_attention_loops(q, k, v, table, shape, window, dilated, scale):
+    """The second term of HLG-5, one query, one key and one channel at a time."""
+    (B, h, L, d), (H, W), R, z = q.shape, shape, window, []
+    rows, cols = ([place_loops(i, side, R, dilated) for i in range(side)] for side in shape)
+    window_of = lambda i, j: (rows[i][0], cols[j][0])  # noqa: E731
+    for b in range(B):
+        for m in range(h):
+            for i, j in ((l // W, l % W) for l in range(L)):
+                keys = [(u, w) for u in range(H) for w in range(W) if window_of(u, w) == window_of(i, j)]
+                logits = []
+                for u, w in keys:
+                    logit = sum(q[b, m, i * W + j, c] * k[b, m, u * W + w, c] for c in range(d)) * scale
+                    if table is not None:  # B_W at the displacement, in places of the window
+                        logit = logit + table[m, rows[i][1] - rows[u][1] + R - 1, cols[j][1] - cols[w][1] + R - 1]
+                    logits.append(logit)
+                pairs = list(zip(core.softmax_loops(logits), keys, strict=True))
+                z += [sum(weight * v[b, m, u * W + w, c] for weight, (u, w) in pairs) for c in range(d)]  # HLG-5
+    return torch.stack(z).reshape(B, h, L, d)
+
+
+def window_embedding_loops(x, weight, bias, window, dilated, by):
+    """Z_G of HLG-6: for every window and channel the mean, the maximum or a weighted sum of its cells."""
+    (B, H, W, C), R, found = x.shape, window, []
+    rows, cols = ([place_loops(i, side, R, dilated) for i in range(side)] for side in (H, W))
+    windows = [(I, J) for I in range(-(-H // R)) for J in range(-(-W // R))]
+    for b in range(B):
+        for I, J in windows:
+            cells = [(u, w) for u in range(H) for w in range(W) if (rows[u][0], cols[w][0]) == (I, J)]
+            for c in range(C):
+                if by == "mean":
+                    found.append(sum(x[b, u, w, c] for u, w in cells) / len(cells))
+                elif by == "max":
+                    found.append(max(x[b, u, w, c] for u, w in cells))
+                else:
+                    found.append(sum(weight[c, rows[u][1], cols[w][1]] * x[b, u, w, c] for u, w in cells) + bias[c])
+    return torch.stack(found).reshape(B, len(windows), C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the windows lie on a map of `shape`: R x R tokens each, plain or dilated."""
+
+    shape: tuple[int, int]
+    window: int
+    dilated: bool
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns that are added at the bottom and right."""
+        return core.padding_to(self.shape, (self.window, self.window))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of windows: D."""
+        return tuple(-(-side // self.window) for side in self.shape)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no window has padding."""
+        return all(core.surely(more == 0) for more in self.padding)
+
+    def windows(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "B I J R R C"]:
+        """A view of the windows of a map, with zeros where there is padding."""
+        x, (I, J), R = core.pad_map(x, self.padding), self.grid, self.window
+        if self.dilated:
+            return rearrange(x, "B (wi I) (wj J) C -> B I J wi wj C", wi=R, I=I, wj=R, J=J)
+        return rearrange(x, "B (I wi) (J wj) C -> B I J wi wj C", wi=R, I=I, wj=R, J=J)
+
+    def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
+        """The tokens of every window."""
+        return rearrange(self.windows(x), "B I J wi wj C -> (B I J) (wi wj) C")
+
+    def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
+        """The inverse of `cut`."""
+        (I, J), R = self.grid, self.window
+        order = "B (wi I) (wj J) C" if self.dilated else "B (I wi) (J wj) C"
+        x = rearrange(x, f"(B I J) (wi wj) C -> {order}", wi=R, I=I, wj=R, J=J)
+        return x if self.whole else core.crop(x, self.shape)
+
+    def inside(self, device: torch.device) -> Bool[Tensor, "windows T"] | None:
+        """Which tokens of the windows are no padding; None where all are."""
+        if self.whole:
+            return None
+        return self.cut(torch.ones(1, *self.shape, 1, dtype=torch.int64, device=device))[..., 0] > 0
+
+    def bias(self, table: Float[Tensor, "h I J"] | None, like: Tensor, images: int) -> Tensor | None:
+        """What is added to the logits in the windows of so many images: B_W, and -inf at keys that are padding."""
+        bias, inside = None, self.inside(like.device)
+        if table is not None:
+            rows, cols = core.relative_index((self.window, self.window))
+            # In float32 or better: many places read one entry, and its gradients are summed in this dtype.
+            bias = table.to(torch.promote_types(table.dtype, torch.float32))[None, :, rows, cols].to(like.dtype)
+        if inside is not None:
+            hidden = torch.zeros(inside.shape, dtype=like.dtype, device=like.device).masked_fill(~inside, -torch.inf)
+            hidden = hidden.expand(images, -1, -1).flatten(0, 1)[:, None, None]  # (n, 1, 1, T)
+            bias = hidden.expand(-1, -1, inside.shape[1], -1) if bias is None else bias + hidden
+        return bias
+
+
+def local_attention_torch(q, k, v, table, shape, window, dilated, scale):
+    """Cut the maps into windows, attend in each, join them again."""
+    layout, h = Layout(shape, window, dilated), q.shape[1]
+    parts = (rearrange(layout.cut(core.merge_heads(t, shape)), "n T (h d) -> n h T d", h=h) for t in (q, k, v))
+    z = core.dense_attention_torch(*parts, layout.bias(table, q, q.shape[0]), scale)  # HLG-5
+    return core.split_heads(layout.join(rearrange(z, "n h T d -> n T (h d)")), h)
+
+
+def window_embedding_torch(x, weight, bias, window, dilated, by):
+    """Z_G of HLG-6, from a view of the windows; padding counts for nothing."""
+    layout = Layout(tuple(x.shape[1:3]), window, dilated)
+    windows, inside = layout.windows(x), layout.inside(x.device)
+    if by == "conv":
+        return torch.einsum("bijuwc,cuw->bijc", windows, weight).flatten(1, 2) + bias
+    if by == "max":
+        tokens = rearrange(windows, "B I J wi wj C -> B (I J) (wi wj) C")
+        return (tokens if inside is None else tokens.masked_fill(~inside[..., None], -torch.inf)).amax(2)
+    total = windows.sum(dim=(3, 4), dtype=torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)
+    return (total / (window**2 if inside is None else inside.sum(1)[:, None])).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The operation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@core.operation(loops=local_attention_loops, torch=local_attention_torch)
+def local_attention(
+    q: Float[Tensor, "B h L d"],
+    k: Float[Tensor, "B h L d"],
+    v: Float[Tensor, "B h L d"],
+    table: Float[Tensor, "h I J"] | None,
+    query_shape: tuple[int, int],
+    *,
+    window: int,
+    dilated: bool = False,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "B h L d"]:
+    """Every query reads the tokens of its window: neighbours, or with `dilated` every D-th token of the map.
+
+    Shapes: q, k, v (B, h, H W, d), row-major, of a map of `query_shape`; table (h, 2R - 1, 2R - 1) or None: the bias
+    by displacement, counted in places of the window. window: R. D is ceil(H / R), and ceil(W / R) in columns.
+    `scale` None is d^-0.5. Returns (B, h, H W, d). Raises TypeError, ValueError on wrong arguments.
+    Source: HLG equation 5, the second term; figure 4.
+    """
+    H, W = core.pair("query_shape", query_shape)
+    R = core.positive("window", window)
+    core.one_of("dilated", dilated, (False, True))
+    shapes = {name: (t, "B h L d") for name, t in (("q", q), ("k", k), ("v", v))}
+    if table is not None:
+        shapes["table"] = (table, f"h {2 * R - 1} {2 * R - 1}")
+    sizes = core.bind({"L": H * W}, **shapes)
+    scale = core.scale_or_default(scale, sizes["d"])
+    return local_attention.forms.run(impl, q, k, v, table, (H, W), R, bool(dilated), scale)
+
+
+@core.operation(loops=window_embedding_loops, torch=window_embedding_torch)
+def window_embedding(
+    x: Float[Tensor, "B H W C"],
+    weight: Float[Tensor, "C R R"] | None,
+    bias: Float[Tensor, " C"] | None,
+    *,
+    window: int,
+    dilated: bool = False,
+    by: str = "mean",
+    impl: str = "auto",
+) -> Float[Tensor, "B N C"]:
+    """One token for every window of a map: by "mean", "max", or "conv", a depthwise convolution as large as a window.
+
+    Shapes: x (B, H, W, C); with "conv" weight (C, R, R) and bias (C,), else None. window, dilated: as of
+    `local_attention`. What completes the last windows has no part in it. Returns (B, N, C), N = ceil(H / R) times
+    ceil(W / R), row-major. Raises TypeError, ValueError on wrong arguments. Source: HLG section 3.3.
+    """
+    R = core.positive("window", window)
+    core.one_of("dilated", dilated, (False, True))
+    core.one_of("by", by, EMBEDDINGS)
+    if (by == "conv") != (weight is not None) or (by == "conv") != (bias is not None):
+        raise ValueError(f"weight, bias: expected both with by='conv' and neither without, got by={by!r}")
+    more = dict(weight=(weight, f"C {R} {R}"), bias=(bias, "C")) if by == "conv" else {}
+    core.bind(x=(x, "B H W C"), **more)
+    return window_embedding.forms.run(impl, x, weight, bias, R, bool(dilated), by)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LocalGlobalAttention(nn.Module):
+    """Local, then global attention, each beside an identity: (B, H, W, C) to the same, for any H and W.
+
+    dim, heads: C and the heads.  window: R.  dilated: dilated windows in place of plain ones.  local: without it global
+    attention alone (Table 14).  query_as_key: K_W is Q_W, as published, or has W_K.  conv_of: the convolution of HLG-9
+    reads the local "attention", behind a LayerNorm, as published, or its "values".  positions: where B_G takes a window
+    to be: at its "centre", or as "released": window n at cell n of the map.  embedding: of windows, "mean", "max" or
+    "conv" (Table 12).  attn_drop, proj_drop: the shares of weights and of what the projection puts out that training
+    drops.  drop_path: stochastic depth of the global branch.
+    """
+
+    implementation, forms = "auto", tuple(local_attention.forms)  # see `dynattn.use_implementation`
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int = 7,
+        *,
+        dilated: bool = False,
+        local: bool = True,
+        query_as_key: bool = True,
+        conv_of: str = "attention",
+        positions: str = "centre",
+        embedding: str = "mean",
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.dim, self.heads, self.window = dim, core.divisor("heads", heads, dim), core.positive("window", window)
+        core.one_of("conv_of", conv_of, CONV_OF)
+        core.one_of("positions", positions, POSITIONS)
+        core.one_of("embedding", embedding, EMBEDDINGS)
+        self.dilated, self.local, self.query_as_key = dilated, local, query_as_key
+        self.conv_of, self.positions, self.embedding = conv_of, positions, embedding
+        self.attn_drop, self.scale = core.rate("attn_drop", attn_drop), (dim // heads) ** -0.5
+        self.norm, self.embed_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.embed = nn.Conv2d(dim, dim, window, window, groups=dim) if embedding == "conv" else None
+        self.global_bias = core.DisplacementBias(dim, heads)
+        if local:
+            self.local_bias, self.conv = (
+                core.DisplacementBias(dim, heads),
+                nn.Conv2d(dim, dim, 3, padding=1, groups=dim),
+            )
+            self.conv_norm = nn.LayerNorm(dim, eps=1e-6) if conv_of == "attention" else nn.Identity()
+        self.proj_drop = nn.Dropout(core.rate("proj_drop", proj_drop))
+        self.drop_path = DropPath(core.rate("drop_path", drop_path))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "n h L d"]:
+        """Attention of every query to every key that the bias does not hide."""
+        if self.training and self.attn_drop:
+            return core.dense_attention_torch(q, k, v, bias, self.scale, self.attn_drop)
+        return core.dense_attention.forms.run(self.implementation, q, k, v, bias, self.scale)
+
+    def local_table(self, device: torch.device) -> Float[Tensor, "h I J"]:
+        """B_W by displacement, in places of the window."""
+        apart = torch.arange(1 - self.window, self.window, device=device)
+        return self.local_bias(apart, apart)
+
+    def read_window(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Float[Tensor, "B H W C"]:
+        """The second term of HLG-5, of maps (B, H, W, C); where keys are queries both are moved once."""
+        by_head = lambda x: rearrange(layout.cut(x), "n T (h d) -> n h T d", h=self.heads)  # noqa: E731
+        queries, bias = by_head(q), layout.bias(self.local_table(q.device), q, q.shape[0])
+        z = self.attend(queries, queries if k is q else by_head(k), by_head(v), bias)  # HLG-5
+        return layout.join(rearrange(z, "n h T d -> n T (h d)"))
+
+    def read_windows(self, layout: Layout, like: Tensor) -> Float[Tensor, "1 h L N"]:
+        """B_G: the bias of every cell and every window, at the cell's displacement from where the window is."""
+        (H, W), (I, J), R = layout.shape, layout.grid, self.window
+        n = torch.arange(I * J, device=like.device)
+        if self.positions == "released":
+            row, col, last, start = n // W, n % W, ((I * J - 1) // W, core.smaller(I * J, W) - 1), (0, 0)
+        else:  # the mean place of its cells
+            step, far = (1, (I, J)) if self.dilated else (R, (1, 1))
+            row, col, last = n // J * step, n % J * step, ((I - 1) * step, (J - 1) * step)
+            start = tuple(apart * (R - 1) / 2 for apart in far)
+        apart = [torch.arange(-end, side, device=like.device) for end, side in zip(last, (H, W), strict=True)]
+        table = self.global_bias(apart[0] - start[0], apart[1] - start[1])
+        i, j = (torch.arange(side, device=like.device)[:, None] for side in (H, W))
+        table = table[:, (i - row + last[0])[:, None], (j - col + last[1])[None]]  # (h, H, W, N)
+        return table.flatten(1, 2)[None].to(like.dtype)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        core.bind(x=(x, f"B H W {self.dim}"))
+        layout = Layout(tuple(x.shape[1:3]), self.window, self.dilated)
+        n = self.norm(x)
+        q, k, v, z = self.q(n), None, None, 0.0
+        if self.local:
+            k, v = q if self.query_as_key else self.k(n), self.v(n)
+            z = self.read_window(q, k, v, layout)
+            x = x + z  # HLG-5
+        kernel = (None, None) if self.embed is None else (self.embed.weight[:, 0], self.embed.bias)
+        how = self.window, self.dilated, self.embedding
+        g = self.embed_norm(window_embedding.forms.run(self.implementation, x, *kernel, *how))
+        k_g, v_g = (rearrange(f(g), "B N (h d) -> B h N d", h=self.heads) for f in (self.k, self.v))  # HLG-6, HLG-8
+        query, bias = q, self.read_windows(layout, q)
+        if self.local:
+            context = self.conv_norm(z if self.conv_of == "attention" else v)
+            query = q + rearrange(self.conv(rearrange(context, "B H W C -> B C H W")), "B C H W -> B H W C")  # HLG-9
+        query = core.split_heads(query, self.heads)
+        y = self.attend(query, k_g, v_g, bias)
+        if tracing.recording():
+            tracing.keep(self, LocalGlobalRecord(self, layout, (q, k, v, z), (query, k_g, v_g, y), bias))
+        return x + self.drop_path(self.proj_drop(self.proj(core.merge_heads(y, layout.shape))))  # HLG-7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LocalGlobalRecord(tracing.Record):
+    """One layer: z (M, H W, d), what the query read in its window and of all windows, before the projection.
+
+    local (M, H W, H W) and everywhere (M, H W, N): the two softmaxes, each of whose rows sums to 1; v_g of the windows,
+    `mean` (N, H W) of their cells, `window` (H W) of a cell. A_eff lets a window stand for the mean of its cells: rows
+    sum to 2. Not exact: a window's value is made of Z_L behind a LayerNorm, not of V_W; `rest` tells how much is left.
+    Without local attention rows sum to 1, values are those of the windows, and it is exact.
+    """
+
+    kind = "local_global"
+
+    def __init__(self, layer: LocalGlobalAttention, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
+        (q, k, v, z), (query, k_g, v_g, y) = maps, (t[0] for t in read)
+        self.query_shape, self.heads, self.exact = layout.shape, layer.heads, not layer.local
+        self.everywhere, self.local = core.attention_weights(query, k_g, bias[0], layer.scale), None
+        cells = torch.arange(1, layout.shape[0] * layout.shape[1] + 1, device=y.device)
+        places = layout.cut(cells.reshape(1, *layout.shape, 1))[..., 0]  # (windows, T), from 1; padding has 0
+        members = y.new_zeros(len(places), len(cells) + 1).scatter(1, places, 1.0)[:, 1:]
+        self.mean, self.window = members / members.sum(dim=1, keepdim=True), members.argmax(dim=0)
+        self.v_g, self.z, self.v = v_g, y, v_g[:, self.window]
+        if layer.local:
+            self.z, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
+            self.z = self.z + y
+            inside = [rearrange(layout.cut(t[:1]), "n T (h d) -> n h T d", h=self.heads) for t in (q, k)]
+            weights = core.attention_weights(*inside, layout.bias(layer.local_table(y.device), q, 1), layer.scale)
+            local = weights.new_zeros(self.heads, len(cells) + 1, len(cells) + 1)
+            local[:, places[:, :, None], places[:, None, :]] = weights.transpose(0, 1)
+            self.local = local[:, 1:, 1:]
+
+    def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
+        """Attention to the cells, as far as there is local attention, and behind them to the windows."""
+        self.check_head(head)
+        parts = [self.everywhere[head]] if self.local is None else [self.local[head], self.everywhere[head]]
+        return torch.cat(parts, dim=1)
+
+    def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
+        """Local attention, and attention to a window, shared equally by its cells."""
+        self.check_head(head)
+        shared = self.everywhere[head] @ self.mean
+        return shared if self.local is None else self.local[head] + shared
+
+    def shares(self, head: int = 0) -> Float[Tensor, "L S"]:
+        """A_eff, each of whose rows is divided by its sum."""
+        found = self.effective_matrix(head)
+        return found / found.sum(dim=1, keepdim=True)
+
+    def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
+        """The cells of the query's window, then the centre of every window; the weights of each sum to 1."""
+        self.check_head(head)
+        query, cells = self.query(row, col), self.cells().to(self.z)
+        read = self.window == self.window[query] if self.local is not None else []
+        weight = self.weights(head)[query]
+        near, far = weight[: -len(self.mean)][read], weight[-len(self.mean) :]
+        return tracing.Keys(torch.cat([cells[read], self.mean @ cells]), torch.cat([near, far]))
