@@ -234,8 +234,8 @@ lesson.draw_verdict(found)
 say(lesson.in_words(found))
 
 # %% [markdown]
-# Nothing in training asks for this: only the class is taught. And it does not show that the network needs it. The paper's
-# Table 7 asks that, with other maps in the place of $S$.
+# Nothing in training asks for this: only the class is taught, and a network may learn it either way. Nor do these numbers
+# show that it needs its $S$. The paper's Table 7 asks that, with other maps in the place of $S$.
 #
 # ## 13. Exercises
 #

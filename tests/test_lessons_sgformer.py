@@ -171,12 +171,22 @@ def test_what_the_page_says_of_its_first_picture():
     assert spread.min() == 8 and spread.max() == 64
 
 
-@pytest.mark.parametrize(("own", "said"), [(0.8, "**finds**"), (0.55, "**does not clearly find**")])
-def test_the_verdict_goes_where_the_numbers_go(own, said):
+def verdict_of(own: dict[int, list[float]], chance: float) -> str:
+    """What is said of two seeds with these AUCs, by layer."""
     both = dict(other=0.5, tokens=0.3, area=0.2)
-    rows = [dict(layer=n, own=own + n / 100, network=f"seed {seed}", **both) for n in (1, 2) for seed in (0, 1)]
-    rows += [dict(layer=n, own=0.6, network="random 0", **both) for n in (1, 2)]
-    words = lesson.in_words(pd.DataFrame(rows))
-    assert said in words and "It rises with depth" in words and "0.60 in the first layer" in words
-    rows[0]["own"] = rows[1]["own"] = 0.9
-    assert "It does not rise" in lesson.in_words(pd.DataFrame(rows))
+    rows = [
+        dict(layer=layer, own=one, network=f"seed {seed}", accuracy=0.9, **both)
+        for layer, values in own.items()
+        for seed, one in enumerate(values)
+    ]
+    rows += [dict(layer=layer, own=chance, network="random 0", accuracy=np.nan, **both) for layer in own]
+    return lesson.in_words(pd.DataFrame(rows))
+
+
+def test_the_verdict_goes_where_the_numbers_go():
+    words = verdict_of({1: [0.7, 0.8], 2: [0.8, 0.75]}, 0.6)
+    assert "In 2 of 2 layers significance **finds** the object" in words and "other way round" not in words
+    assert "rises with depth in 1 of 2 networks" in words and "90.0% / 90.0%" in words
+    words = verdict_of({1: [0.7, 0.3], 2: [0.8, 0.75]}, 0.6)
+    assert "In 1 of 2 layers" in words and "But in layer 1 of seed 1 it is 0.30: **the other way round**" in words
+    assert "**clearly find**" in verdict_of({1: [0.7, 0.55]}, 0.6)

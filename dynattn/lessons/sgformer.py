@@ -650,8 +650,9 @@ def verdict() -> pd.DataFrame:
     subjects = [load_subject(path(one)) for one in seeds()]
     networks = {f"seed {seed}": subject.model for seed, subject in enumerate(subjects)}
     networks |= {f"random {seed}": random_twin(subjects[0], seed, images) for seed in range(len(subjects))}
-    tables = [measured(model, images, masks).assign(network=name) for name, model in networks.items()]
-    return pd.concat(tables, ignore_index=True)
+    found = [measured(model, images, masks).assign(network=name) for name, model in networks.items()]
+    told = [subject.story["accuracy"] for subject in subjects] + [np.nan] * len(subjects)
+    return pd.concat([one.assign(accuracy=right) for one, right in zip(found, told, strict=True)], ignore_index=True)
 
 
 def draw_verdict(found: pd.DataFrame) -> None:
@@ -675,34 +676,38 @@ def draw_verdict(found: pd.DataFrame) -> None:
 def in_words(found: pd.DataFrame) -> str:
     """What `verdict` measured, and what follows."""
     trained, at_random = (found[found.network.str.startswith("random") == there] for there in (False, True))
-    lines, better = [], []
+    lines, sure, turned = [], [], []
     for layer, rows in trained.groupby("layer"):
         nulls = at_random[at_random.layer == layer]
-        better.append(rows.own.min() > max(rows.other.max(), nulls.own.max()))
-        own = " / ".join(f"{one:.2f}" for one in rows.own)
-        tokens = f"{rows.tokens.mean():.0%} | {nulls.tokens.mean():.0%}"
-        lines.append(f"| {layer} | {own} | {rows.other.mean():.2f} | {nulls.own.mean():.2f} | {tokens} |")
-    first = at_random[at_random.layer == 1].own.mean()
-    count, all_layers = trained.network.nunique(), len(better)
-    networks = f"of {count} networks" if count > 1 else "of the one network that is here"
-    finds = "finds" if all(better) else "does not clearly find" if not any(better) else "finds in some layers"
-    means = trained.groupby("layer").own.mean()
-    rises = "It rises with depth" if means.is_monotonic_increasing and len(means) > 1 else "It does not rise with depth"
+        sure.append(rows.own.min() > max(rows.other.max(), nulls.own.max()))
+        turned += [
+            f"in layer {layer} of {row.network} it is {row.own:.2f}" for row in rows.itertuples() if row.own < 0.5
+        ]
+        own, chance = (" / ".join(f"{one:.2f}" for one in part.own) for part in (rows, nulls))
+        tokens, by_chance = (" / ".join(f"{one:.0%}" for one in part.tokens) for part in (rows, nulls))
+        lines.append(f"| {layer} | {own} | {rows.other.mean():.2f} | {chance} | {tokens} | {by_chance} |")
+    seeds = trained.groupby("network")
+    rising = sum(rows.own.is_monotonic_increasing for _, rows in seeds)
+    accuracy = " / ".join(f"{rows.accuracy.iloc[0]:.1%}" for _, rows in seeds)
+    finds = f"In {sum(sure)} of {len(sure)} layers significance **finds** the object in every network"
+    if not any(sure):
+        finds = "In no layer does significance **clearly find** the object in every network"
+    upside_down = (
+        f" But {', and '.join(turned)}: **the other way round**, the object has the coarse tokens." if turned else ""
+    )
     return "\n".join(
         [
-            "| hybrid-scale layer | AUC, trained | AUC, another image's mask | AUC, random weights | tokens of the "
-            "next layer on the object, trained | ... random weights |",
+            "| hybrid-scale layer | AUC, by seed | AUC, other images' masks | AUC, random weights | tokens of the next "
+            "layer on the object, by seed | ... random weights |",
             "| --- " * 6 + "|",
             *lines,
             "",
-            f"{MEASURED} test images, means over images; AUC with a number for each trained seed. The object has "
-            f"{trained.area.mean():.0%} of the image. Random weights are **not** at "
-            f"chance: {first:.2f} in the first layer. What they attend to depends on the tokens, and the object's "
-            f"tokens differ from the background's.",
+            f"{MEASURED} test images, means over images. The object has {trained.area.mean():.0%} of the image. Random "
+            f"weights are not all at chance: they have {at_random.own.min():.2f} to {at_random.own.max():.2f}. What "
+            f"they attend to depends on the tokens too, and the object's tokens differ from the background's.",
             "",
-            f"**Verdict.** Significance **{finds}** the object: in {sum(better)} of {all_layers} layers the AUC "
-            f"{networks} is above that of other masks and of random weights. {rises}: "
-            f"{', '.join(f'{one:.2f}' for one in means)}.",
+            f"**Verdict.** {finds}, with a higher AUC than other masks and random weights give.{upside_down} It rises "
+            f"with depth in {rising} of {len(seeds)} networks. Right classes, of all test images: {accuracy}.",
         ]
     )
 
