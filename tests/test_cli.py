@@ -278,7 +278,7 @@ def test_a_wrong_command_is_told(arguments, told, capsys):
 
 def test_a_paper_that_is_not_registered_is_told(capsys):
     for command, known in (
-        ("figures", "'dat', 'debiformer', 'dgt'"),
+        ("figures", "'dat', 'debiformer', 'dgt', 'sgformer'"),
         ("table", "'biformer', 'dat', 'debiformer', 'dgt', 'hlg', 'sgformer'"),
     ):
         assert cli.main([command, "--paper", "cat"]) == 2
