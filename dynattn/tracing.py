@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from threading import Lock
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 # Who gets the records of the forward that runs now. Each thread (and each task of asyncio) has its own: a trace never
@@ -229,6 +229,13 @@ class Record:
 
     def region_routes(self) -> RegionRoutes | None:
         """The regions that each region of queries reads, where a mechanism chooses whole regions; else None."""
+        return None
+
+    def merged(self, head: int = 0) -> Int[Tensor, " S"] | None:
+        """The number of the token that every cell of the query map became part of, where cells become fewer tokens.
+
+        None where a head reads cells as they are, or points. A key of `keys` lies on the cells of its token.
+        """
         return None
 
     def check_head(self, head: int) -> None:

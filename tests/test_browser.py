@@ -273,6 +273,30 @@ def test_a_click_shows_where_a_region_is_routed(page, tmp_path):
         assert f"that the {readers} of the dashed region read" in panel.figure.locator(".lens-meaning").inner_text()
 
 
+def test_a_click_shows_the_tokens_that_cells_became(page, tmp_path):
+    """Page and Python name the same tokens, in a head and in the mean of all; a token under the mouse says its size."""
+    traced = trace(create_model("sgformer_mini", pretrained=True), photograph("chelsea"))
+    layer, hybrid = "stages.0.blocks.1.attn", "stages.0.blocks.0.attn"
+    lens = Lens([traced, traced], layer=[layer, hybrid], head=["mean", 0])
+    lens.save(tmp_path / "lens.html", layers="stages.0.*")
+    page.goto((tmp_path / "lens.html").as_uri())
+    first = Shown(page)
+    page.mouse.click(*first.at(80, 44))
+    first.wait(row=80, col=44)
+    lens.row, lens.col = 80, 44
+    for number, name in enumerate(lens.layer):
+        panel = Shown(page, number)
+        assert f"{lens._panels[number].name}: {panel.status()}" == repr(lens).split("\n")[number]
+        tokens = lens._panels[number].read(80, 44, name, lens.head[number]).tokens
+        assert [one["number"] for one in panel.read()["tokens"]][:5] == tokens.number[:5].tolist()
+        assert "Many cells became one token" in panel.figure.locator(".lens-meaning").inner_text()
+        at = list(tokens.number).index(tokens.merged[0])  # the token of the first cell
+        page.mouse.move(*panel.at(1, 1))
+        tip = panel.figure.locator(".lens-tip")
+        tip.wait_for(state="visible")
+        assert tip.inner_text() == f"weight {tokens.weight[at]:.3g}, a token of {tokens.size[at]} cells"
+
+
 def test_images_of_other_sizes_follow_one_click(page, tmp_path):
     """A wide photograph, seen whole by one model and as a square by another."""
     torch.manual_seed(0)

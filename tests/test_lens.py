@@ -193,6 +193,76 @@ def test_the_lens_says_and_draws_the_routes(routed, monkeypatch):
     assert (np.asarray(lens.picture(40)) != here).any()
 
 
+GUIDED, HYBRID = "stages.0.blocks.1.attn", "stages.0.blocks.0.attn"
+
+
+@pytest.fixture(scope="module")
+def merging() -> Trace:
+    """Self-guided and hybrid-scale layers, on an image whose maps no window, scale or rate divides."""
+    torch.manual_seed(0)
+    return trace(create_model("sgformer_mini"), torch.randn(3, 72, 60))
+
+
+@pytest.mark.parametrize(("layer", "head"), [(GUIDED, 0), (GUIDED, 1), (HYBRID, 0)])
+@pytest.mark.parametrize(("row", "col"), [(0, 0), (40, 30), (71, 59)])
+def test_tokens_that_are_read_are_those_of_the_record(merging, layer, head, row, col):
+    """Every token with the attention that the layer gives to it, and with as many cells as became it."""
+    record, panel = merging[layer], make_panels(merging)[0]
+    tokens = panel.read(row, col, layer, head).tokens
+    weight, merged = record.weights(head)[record.query(row, col)], record.merged(head)
+    assert sorted(tokens.number) == weight.nonzero()[:, 0].tolist()
+    assert tokens.weight == pytest.approx(weight[tokens.number].numpy(), rel=1e-4)
+    assert (np.diff(tokens.weight) <= 0).all()
+    assert tokens.size.tolist() == [int((merged == one).sum()) for one in tokens.number]
+    assert tokens.merged.tolist() == merged.tolist()
+
+
+def test_heads_that_merge_otherwise_have_no_common_tokens(merging):
+    """Of two scales each has its own; a scale of one merges nothing."""
+    (panel,) = make_panels(merging)
+    assert merging[HYBRID].scales == [4, 1]
+    assert panel.merged(HYBRID, "mean") is None and panel.merged(HYBRID, 1) is None
+    assert panel.marks(panel.read(0, 0, HYBRID, 0)) == "tokens" and panel.marks(panel.read(0, 0, HYBRID, 1)) == "cells"
+    assert panel.merged(GUIDED, "mean").tolist() == merging[GUIDED].tokens.tolist()
+    assert panel.merged(panel.layers[-1], 0) is None  # full attention
+
+
+def test_reduced_tokens_are_squares():
+    """PVT's spatial reduction, the last squares of which are smaller."""
+    from dynattn.mechanisms.baselines import SpatialReductionRecord
+
+    record = SpatialReductionRecord(*(torch.randn(1, n, 2) for n in (15, 4, 4, 15)), (3, 5), 3)
+    assert record.merged().reshape(3, 5).tolist() == [[0, 0, 0, 1, 1]] * 3
+
+
+def test_the_lens_says_and_draws_the_tokens(merging, monkeypatch):
+    lens = Lens(merging, layer=GUIDED, head=0, row=40, col=30)
+    tokens = lens._panels[0].read(40, 30, GUIDED, 0).tokens
+    first, fifth = tokens.weight[0], tokens.weight[4]
+    said = f"{len(tokens.number)} tokens, liked most: orange {first:.3g} ({tokens.size[0]} cell"
+    assert said in repr(lens) and f"purple {fifth:.3g} ({tokens.size[4]} cell" in repr(lens)
+    layers = lens.scene[0]["layers"]
+    assert layers[1]["tokens"] == [merging[GUIDED].tokens.tolist()] * 2
+    assert layers[0]["tokens"][0] == merging[HYBRID].merged(0).tolist() and layers[0]["tokens"][1] is None
+    assert "tokens" not in layers[-1]
+    assert "Many cells became one token" in picture.caption(lens._view)
+    here = np.asarray(lens.picture(40))
+    monkeypatch.setattr(picture, "tokens", lambda *given: None)
+    assert (np.asarray(lens.picture(40)) != here).any()
+
+
+def test_a_page_has_one_key_for_each_token(merging):
+    """With weights fine enough for the order in which tokens are liked."""
+    record, merged = merging[GUIDED], make_panels(merging)[0].merged(GUIDED, "mean")
+    rows = page.pack_rows(record, merged)
+    assert rows["weight"].dtype == np.uint16 and (rows["count"] == merged.max() + 1).all()
+    cells = np.rint((rows["position"].reshape(-1, 2)[rows["step"][: merged.max() + 1].cumsum()] + 0.5) / 4 - 0.5)
+    of_key = merged[(cells[:, 1] * record.query_shape[1] + cells[:, 0]).astype(int)]
+    assert sorted(of_key) == list(range(merged.max() + 1))
+    weight = rows["weight"][: merged.max() + 1] * (rows["scale"][0] / 65535)
+    assert weight == pytest.approx(record.weights(0)[0][of_key].numpy(), abs=1e-5 * float(rows["scale"][0]))
+
+
 def test_words_say_what_is_seen(lens):
     lens.row, lens.col, lens.layer, lens.head, lens.fade = 40, 60, DEFORMABLE, 2, 0.5
     x, y, weight = max(expected(lens.traces[0][DEFORMABLE], 40, 60, 2), key=lambda key: key[2])

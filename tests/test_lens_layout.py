@@ -90,7 +90,7 @@ def panels() -> list[Panel]:
 
 def test_a_caption_says_what_marks_mean(panels):
     said = caption(View(panels, **first_view(panels) | {"fade": 0.5}))
-    assert meaning(0, cells=False) in said and meaning(1, cells=False) in said
+    assert meaning(0, "points") in said and meaning(1, "points") in said
     assert "64 points × 2 groups" in said and "stage 2, block 4, deformable" in said
 
 
@@ -129,5 +129,5 @@ def test_four_panels_are_alike_and_in_view(browser, panels, tmp_path):
             assert boxes(page, ".lens-help")[0, [1, 3]].sum() <= height
             assert page.locator("select.lens-layer").first.get_attribute("title") == DEFORMABLE
             assert page.locator("select.lens-layer option:checked").first.inner_text() == "stage 2, block 4, deformable"
-            assert page.locator(".lens-meaning").first.inner_text() == f"16 × 16 queries. {meaning(0.5, cells=False)}"
+            assert page.locator(".lens-meaning").first.inner_text() == f"16 × 16 queries. {meaning(0.5, 'points')}"
         page.close()

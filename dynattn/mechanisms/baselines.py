@@ -10,7 +10,7 @@ ones; a depthwise convolution of the values is added, which tells where they lie
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dynattn import core, tracing
@@ -66,12 +66,16 @@ class SpatialReductionRecord(tracing.Record):
         self.q, self.k, self.v, self.z = q, k, v, z
         self.query_shape, self.heads, self.ratio = query_shape, q.shape[0], ratio
 
+    def merged(self, head: int = 0) -> Int[Tensor, " S"]:
+        """The reduced token of every cell, the same in all heads."""
+        self.check_head(head)
+        (H, W), device = self.query_shape, self.k.device
+        rows, cols = (torch.arange(n, device=device) // self.ratio for n in (H, W))
+        return (rows[:, None] * -(-W // self.ratio) + cols).flatten()
+
     def cell_of(self) -> Float[Tensor, "S N"]:
         """Which reduced token a cell belongs to, as a 0/1 matrix."""
-        H, W = self.query_shape
-        WR = -(-W // self.ratio)
-        owner = (torch.arange(H)[:, None] // self.ratio) * WR + torch.arange(W)[None, :] // self.ratio
-        return torch.nn.functional.one_hot(owner.flatten(), self.k.shape[1]).to(self.k)
+        return torch.nn.functional.one_hot(self.merged(), self.k.shape[1]).to(self.k)
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         self.check_head(head)

@@ -147,7 +147,7 @@ class Layout:
         S = A.sum(dim=(1, 2))  # SG-5
         if reading == "mean":
             count = lambda T, real: T if real is None else real.sum(dim=1).repeat(images)[:, None]  # noqa: E731
-            S = S * (count(Tk, keys) / (h * count(Tq, queries)))
+            S = S * count(Tk, keys) / (h * count(Tq, queries))  # the quotient of counts alone would be in float32
         return self.spread(self.join(S[..., None], *self.keys)[..., 0])
 
 
@@ -358,20 +358,18 @@ class HybridScaleRecord(tracing.Record):
         self.z = core.split_heads(z, layer.heads)[0]
         self.maps, self.significance = {s: S[0] for s, S in maps.items()}, significance[0]
 
-    def merged(self, head: int) -> Int[Tensor, " S"]:
+    def merged(self, head: int = 0) -> Int[Tensor, " S"]:
         """The merged token that every cell belongs to."""
         self.check_head(head)
         numbers = torch.arange(len(self.k[head]), device=self.z.device).reshape(1, *self.layouts[head].key_shape)
         return self.layouts[head].spread(numbers).flatten()
 
-    def read(self, head: int) -> Bool[Tensor, "L N"]:
-        """Which merged tokens a query reads: those of its window."""
+    def windows(self, head: int) -> tuple[Int[Tensor, " L"], Int[Tensor, " N"]]:
+        """The window of every query, and of every merged token: a query reads those of its own."""
         side = max(self.query_shape) if self.layouts[head].whole else self.layouts[head].queries[1]
         rows, cols = (torch.arange(n, device=self.z.device) // side for n in self.query_shape)
-        windows = (rows[:, None] * len(cols) + cols).flatten()
-        of_key = torch.empty_like(self.k[head][:, 0], dtype=torch.int64)
-        of_key[self.merged(head)] = windows
-        return windows[:, None] == of_key
+        of_query = (rows[:, None] * len(cols) + cols).flatten()
+        return of_query, of_query.new_empty(len(self.k[head])).index_copy_(0, self.merged(head), of_query)
 
     def mean(self, head: int) -> Float[Tensor, "N S"]:
         """The matrix that takes the mean over the cells of every merged token."""
@@ -380,7 +378,8 @@ class HybridScaleRecord(tracing.Record):
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         self.check_head(head)
-        bias = torch.zeros_like(self.read(head), dtype=self.z.dtype).masked_fill(~self.read(head), -torch.inf)
+        of_query, of_key = self.windows(head)
+        bias = torch.where(of_query[:, None] == of_key, 0.0, -torch.inf).to(self.z)
         return core.attention_weights(self.q[head], self.k[head], bias, self.z.shape[-1] ** -0.5)
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
@@ -394,7 +393,8 @@ class HybridScaleRecord(tracing.Record):
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The centres of the merged tokens of the query's window, whatever their weight."""
-        self.check_head(head)
-        query, centres = self.query(row, col), self.mean(head) @ self.cells().to(self.z)
-        read = self.read(head)[query]
+        merged, query, cells = self.merged(head), self.query(row, col), self.cells().to(self.z)
+        of_query, of_key = self.windows(head)
+        centres = cells.new_zeros(len(of_key), 2).index_add_(0, merged, cells) / merged.bincount()[:, None]
+        read = of_query[query] == of_key
         return tracing.Keys(centres[read], self.weights(head)[query, read])

@@ -283,12 +283,20 @@ class SelfGuidedRecord(tracing.Record):
         self.check_head(head)
         return self.source_values[head]
 
+    def merged(self, head: int = 0) -> Int[Tensor, " S"]:
+        """The token of every cell, the same in all heads."""
+        self.check_head(head)
+        return self.tokens
+
     def shares(self, head: int = 0) -> Float[Tensor, "L S"]:
         """Attention to a token, shared equally by the cells that it is made of."""
-        cells = self.tokens.bincount(minlength=len(self.aggregation))
-        return (self.weights(head) / cells)[:, self.tokens]
+        return self.shared(self.weights(head))
+
+    def shared(self, weights: Float[Tensor, "*L G"]) -> Float[Tensor, "*L S"]:
+        """What tokens are given, in equal shares on their cells."""
+        return (weights / self.tokens.bincount(minlength=len(self.aggregation)))[..., self.tokens]
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """All cells of the map, each with its share of the weight of its token."""
-        weight = self.shares(head)[self.query(row, col)]
+        weight = self.shared(self.weights(head)[self.query(row, col)])
         return tracing.Keys(self.cells().to(weight), weight)

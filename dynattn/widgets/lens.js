@@ -9,7 +9,8 @@
    scene       fixed, for every panel: name; shape [H, W] of the image that its model saw, whose pixels all positions
                are, centres at integers; picture (data URL) and its aspect; layers, each with name, title, heads,
                cells [rows, cols] and stride [rows, cols], and routes where the layer chooses whole regions: the
-               fields of `RegionRoutes` of tracing.py; first, last: cells and stride of the network's outer layers
+               fields of `RegionRoutes` of tracing.py, and tokens where cells become fewer tokens: for every head the
+               token of every cell, or null; first, last: cells and stride of the network's outer layers
    shown       the answer, for every panel: the row, col, layer, head it is for; cell [i, j] of the query; keys, float32
                x, y, weight of each key; counts, of the keys of each head; last, the cell of the query in the last layer; heat, float32, the rollout over
                the cells of the first layer (last and heat only while fade > 0)
@@ -23,6 +24,8 @@ const VIRIDIS = [
 ];
 const STAR = "#E8112D";
 const INK = "#222222";
+/* Of the tokens that a query likes most: LIKED of panel.py, in the colours of the figures. */
+const LIKED = { orange: "#F28E00", blue: "#38A8F0", green: "#00B07C", yellow: "#F0E442", purple: "#CC79A7" };
 const MEAN = "mean";
 const [NARROWEST, GAP] = [205, 16]; // px: a panel, and what lies between two
 const PATIENCE = 1500; // ms without an answer after which the status says so
@@ -116,14 +119,47 @@ const routesName = (routes) => {
   return `; ${who} routed to ${routes.routes[0].length} of ${regionCount(routes)} regions`;
 };
 
+/* The token of every cell, in a head or in all heads alike; null where cells are read as they are. */
+function mergedOf({ tokens }, head) {
+  if (!tokens) return null;
+  if (head !== MEAN) return tokens[head];
+  const alike = tokens.every((one) => one && one.every((token, cell) => token === tokens[0][cell]));
+  return alike ? tokens[0] : null;
+}
+
+/* The tokens that keys lie on, each with the sum of their weights, the most liked first: `tokens_read` of panel.py. */
+function tokensRead(keys, merged, grid) {
+  const [weights, sizes] = [new Map(), new Map()];
+  for (const token of merged) sizes.set(token, (sizes.get(token) ?? 0) + 1);
+  for (let k = 0; k < keys.length; k += 3) {
+    const [i, j] = cellOf(keys[k + 1], keys[k], grid);
+    const token = merged[i * grid.cells[1] + j];
+    weights.set(token, (weights.get(token) ?? 0) + keys[k + 2]);
+  }
+  const read = [...weights].map(([number, weight]) => ({ number, weight, size: sizes.get(number) }));
+  return read.sort((a, b) => b.weight - a.weight || a.number - b.number);
+}
+
+const cellCount = (size) => `${size} cell${size > 1 ? "s" : ""}`;
+const tokensName = (read) => {
+  const liked = Object.keys(LIKED).slice(0, read.length);
+  const each = liked.map((name, n) => `${name} ${amount(read[n].weight)} (${cellCount(read[n].size)})`);
+  return `${read.length} tokens, liked most: ${each.join(", ")}`;
+};
+
 /* What the marks on a panel mean: `meaning` of panel.py. */
-function meaning(fade, cells) {
-  const keys = cells
-    ? "Squares: cells that the query reads; colour: weight."
-    : "Dots: points that the query reads; area and colour: weight.";
+const MEANING = {
+  cells: "Squares: cells that the query reads; colour: weight.",
+  points: "Dots: points that the query reads; area and colour: weight.",
+  tokens:
+    "Many cells became one token. Colours: cells of the tokens that the query likes most. White: cells of the " +
+    "others that it reads; the brighter, the more their token gets.",
+};
+
+function meaning(fade, marks) {
   const rollout =
     "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers.";
-  return [...(fade < 1 ? [keys] : []), ...(fade > 0 ? [rollout] : [])].join(" ");
+  return [...(fade < 1 ? [MEANING[marks]] : []), ...(fade > 0 ? [rollout] : [])].join(" ");
 }
 
 /* How many columns of equal width hold n panels: one row if they fit, else rows that are as full as each other. */
@@ -159,11 +195,11 @@ class Panel {
     this.canvas = element("canvas", "", this.stage);
     this.tip = element("div", "lens-tip", this.stage, { hidden: true });
 
-    const scale = element("div", "lens-scale", this.figure);
-    this.scaleName = element("span", "", scale);
-    element("span", "", scale, { textContent: "0" });
-    element("span", "lens-bar", scale).style.background = `linear-gradient(to right, ${VIRIDIS.map((c) => `rgb(${c})`)})`;
-    this.most = element("span", "", scale);
+    this.scale = element("div", "lens-scale", this.figure);
+    this.scaleName = element("span", "", this.scale);
+    element("span", "", this.scale, { textContent: "0" });
+    element("span", "lens-bar", this.scale).style.background = `linear-gradient(to right, ${VIRIDIS.map((c) => `rgb(${c})`)})`;
+    this.most = element("span", "", this.scale);
     this.meaning = element("p", "lens-meaning", this.figure);
     this.status = element("p", "lens-status", this.figure);
     this.status.id = `lens-${Math.random().toString(36).slice(2)}`;
@@ -199,6 +235,13 @@ class Panel {
     if (answer !== this.answer) {
       this.answer = answer;
       this.decoded = answer && { ...answer, keys: floats(answer.keys), heat: floats(answer.heat) };
+      if (answer) {
+        const layer = layerOf(this.panel, answer.layer);
+        const merged = mergedOf(layer, answer.head);
+        const tokens = merged && tokensRead(this.decoded.keys, merged, layer);
+        const marks = tokens ? "tokens" : onCells(this.decoded.keys, layer) ? "cells" : "points";
+        Object.assign(this.decoded, { merged, tokens, marks });
+      }
     }
     return this.decoded;
   }
@@ -273,7 +316,15 @@ class Panel {
     const [row, col] = this.under(event);
     const grid = layerOf(this.panel, shown.layer);
     const found = { x: col, y: row, lines: [] };
-    if (fade < 1) {
+    if (fade < 1 && shown.tokens) {
+      const [i, j] = cellOf(row, col, grid);
+      const number = shown.merged[i * grid.cells[1] + j];
+      const token = i >= 0 && j >= 0 && shown.tokens.find((one) => one.number === number);
+      if (token) {
+        found.token = number;
+        found.lines.push(`weight ${amount(token.weight)}, a token of ${cellCount(token.size)}`);
+      }
+    } else if (fade < 1) {
       const key = this.nearest(row, col, grid);
       if (key !== null) {
         const [x, y, weight] = shown.keys.subarray(3 * key, 3 * key + 3);
@@ -292,7 +343,7 @@ class Panel {
   nearest(row, col, grid) {
     const { keys } = this.shown;
     const unit = this.unit();
-    const cells = onCells(keys, grid);
+    const cells = this.shown.marks === "cells";
     let best = null;
     let least = cells ? 1 : 14;
     for (let k = 0; k < keys.length / 3; k++) {
@@ -307,6 +358,7 @@ class Panel {
   /* Show a key's weight beside it, or nothing. */
   point(found) {
     this.pointed = found?.key ?? null;
+    this.pointedToken = found?.token ?? null;
     this.tip.hidden = !found;
     if (found) {
       const unit = this.unit();
@@ -340,7 +392,7 @@ class Panel {
     }
     this.heads.value = head;
     this.tip.hidden = true;
-    this.pointed = null;
+    this.pointed = this.pointedToken = null;
     this.describe();
     this.draw();
   }
@@ -360,9 +412,10 @@ class Panel {
     const key = heaviest(keys, 3, 2);
     const [x, y, weight] = keys.subarray(3 * key, 3 * key + 3);
     const query = moved(shown.row, shown.col, this.model.get("scene")[0].shape, this.panel.shape);
-    const cells = onCells(keys, layer);
     let text = `Query ${place(...query)}, cell ${place(...shown.cell)} of ${layer.title}, ${headName(shown.head, layer.heads)}: `;
-    text += key < 0 ? "no keys" : `${countName(keys.length / 3, shown.counts, cells)}, heaviest ${amount(weight)} at ${place(y, x)}`;
+    if (shown.tokens) text += tokensName(shown.tokens);
+    else if (key < 0) text += "no keys";
+    else text += `${countName(keys.length / 3, shown.counts, shown.marks === "cells")}, heaviest ${amount(weight)} at ${place(y, x)}`;
     text += routesName(layer.routes);
     const hot = heaviest(heat);
     if (fade > 0 && hot >= 0) {
@@ -371,9 +424,10 @@ class Panel {
       text += `. Rollout of cell ${place(...shown.last)} of the last layer: heaviest ${amount(heat[hot])} at ${place(...at)}`;
     }
     this.status.textContent = text;
-    this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, cells)}`;
+    this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, shown.marks)}`;
     if (fade < 1 && showsRoutes(layer.routes)) this.meaning.textContent += ` ${meaningOfRoutes(layer.routes)}`;
     const rollout = fade > 0.5 && hot >= 0;
+    this.scale.style.visibility = shown.tokens && !rollout ? "hidden" : "visible"; // tokens have colours of their own
     this.scaleName.textContent = rollout ? "rollout" : "weight";
     this.most.textContent = amount(rollout ? heat[hot] : key < 0 ? 0 : weight);
     const regions = layer.routes ? regionsOf(layer.routes, ...query) : null;
@@ -395,7 +449,8 @@ class Panel {
     const layer = layerOf(this.panel, shown.layer);
     if (fade < 1) {
       ink.globalAlpha = 1 - fade;
-      if (onCells(shown.keys, layer)) this.drawCells(ink, shown.keys, layer);
+      if (shown.tokens) this.drawTokens(ink, shown, layer);
+      else if (shown.marks === "cells") this.drawCells(ink, shown.keys, layer);
       else this.drawDots(ink, shown.keys);
     }
     if (fade > 0) {
@@ -440,6 +495,28 @@ class Panel {
       ink.lineWidth = 1.5;
       ink.strokeRect(...this.box(keys[3 * this.pointed + 1], keys[3 * this.pointed], grid));
     }
+  }
+
+  /* Every token over its cells: those that are liked most in colours of their own, the others white by weight. */
+  drawTokens(ink, { tokens, merged }, grid) {
+    const [alpha, rank] = [ink.globalAlpha, new Map(tokens.map((token, n) => [token.number, n]))];
+    const cells = [...merged.keys()].filter((cell) => rank.has(merged[cell]));
+    const box = (cell) => {
+      const at = [Math.floor(cell / grid.cells[1]), cell % grid.cells[1]];
+      return this.box(...at.map((n, i) => (n + 0.5) * grid.stride[i] - 0.5), grid);
+    };
+    for (const cell of cells) {
+      const n = rank.get(merged[cell]);
+      const liked = Object.values(LIKED)[n];
+      ink.globalAlpha = alpha * (liked ? 0.85 : (0.5 * tokens[n].weight) / tokens[0].weight);
+      ink.fillStyle = liked ?? "white";
+      ink.fillRect(...box(cell));
+      ink.globalAlpha = alpha;
+      ink.strokeStyle = INK;
+      ink.lineWidth = 0.6;
+      if (liked) ink.strokeRect(...box(cell));
+    }
+    for (const cell of cells) if (merged[cell] === this.pointedToken) this.outline(ink, box(cell), 1.2);
   }
 
   drawDots(ink, keys) {
@@ -609,6 +686,7 @@ async function layerRows(text, layer) {
   const start = new Uint32Array(count.length + 1);
   count.forEach((n, row) => (start[row + 1] = start[row] + n));
   const queries = layer.cells[0] * layer.cells[1];
+  const most = 2 ** (8 * weight.BYTES_PER_ELEMENT) - 1;
 
   return (query, head) => {
     const heads = head === MEAN ? [...Array(layer.heads).keys()] : [head];
@@ -618,7 +696,7 @@ async function layerRows(text, layer) {
       let at = 0;
       for (let k = start[row]; k < start[row + 1]; k++) {
         at += step[k];
-        sum.set(at, (sum.get(at) ?? 0) + (scale[row] * weight[k]) / 255 / heads.length);
+        sum.set(at, (sum.get(at) ?? 0) + (scale[row] * weight[k]) / most / heads.length);
       }
     }
     return {

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from dynattn.tracing import Record, RegionRoutes
 
-from .panel import Panel, View, first_view, make_panels, unique_positions
+from .panel import MEAN, Panel, View, as_array, first_view, key_for_each_token, make_panels, unique_positions
 
 FOLDER = Path(__file__).parent
 LARGEST = 5_000_000  # bytes
@@ -43,7 +43,7 @@ def write_page(path: str | PathLike, view: View, layers: str | int | Iterable[st
     path = Path(path)
     chosen_layers = [_chosen_layers(panel, layers) for panel in view.panels]
     rows = [
-        {name: pack(pack_rows(panel.record(name))) for name in names}
+        {name: pack(pack_rows(panel.record(name), panel.merged(name, MEAN))) for name in names}
         for panel, names in zip(view.panels, chosen_layers, strict=True)
     ]
     rollouts = [pack(dict(zip(("scale", "weight"), quantise(panel.rollouts), strict=True))) for panel in view.panels]
@@ -89,6 +89,7 @@ def scene(panels: list[Panel], chosen_layers: list[list[str]] | None = None) -> 
                 {"name": name, "title": panel.titles[name], "heads": panel.trace[name].heads}
                 | _grid(panel.trace[name])
                 | _routes(panel.routes(name))
+                | _tokens(panel, name)
                 for name in (chosen_layers[p] if chosen_layers else panel.layers)
             ],
         }
@@ -104,6 +105,16 @@ def _grid(record: Record) -> dict[str, Any]:
 def _routes(routes: RegionRoutes | None) -> dict[str, Any]:
     """The regions of a layer and the routes between them, for layers that have some."""
     return {} if routes is None else {"routes": asdict(routes)}
+
+
+def _tokens(panel: Panel, name: str) -> dict[str, Any]:
+    """For every head of a layer the token of every cell, or None; nothing for layers that merge no cells."""
+    each = [panel.merged(name, head) for head in range(panel.trace[name].heads)]
+    return (
+        {"tokens": [one if one is None else one.tolist() for one in each]}
+        if any(one is not None for one in each)
+        else {}
+    )
 
 
 def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
@@ -126,16 +137,20 @@ def _chosen_layers(panel: Panel, layers: str | int | Iterable[str | int] | None)
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def pack_rows(record: Record) -> dict[str, np.ndarray]:
+def pack_rows(record: Record, merged: Int[np.ndarray, " S"] | None = None) -> dict[str, np.ndarray]:
     """Every query's keys in every head, row after row: head 0's queries, head 1's, ...
 
+    merged: the token of every cell, where all heads read the same tokens. Then each token has one key, on the first of
+    its cells: rows are shorter, and weights finer, since the order of tokens is shown.
     position (P, 2): all positions that are read, x and y. For each row: count, of its keys; scale, the weight of its
-    heaviest. For each key: step, from the position before it to its own; weight, in 255ths of the scale.
+    heaviest. For each key: step, from the position before it to its own; weight, in 255ths of the scale, or 65535ths.
     """
     (H, W), (height, width) = record.query_shape, record.stride
     # The first pixel of each cell: the centre of the last one may lie outside the image.
     queries = [(i * height, j * width) for i in range(H) for j in range(W)]
     rows = [record.keys(row, col, head) for head in range(record.heads) for row, col in queries]
+    if merged is not None:
+        rows = [key_for_each_token(as_array(row), merged, record) for row in rows]
     xy, weight = (torch.cat([getattr(row, name) for row in rows]).float().cpu().numpy() for name in ("xy", "weight"))
     position, which = unique_positions(xy)
     count = np.array([len(row.weight) for row in rows], dtype=np.uint32)
@@ -147,13 +162,14 @@ def pack_rows(record: Record) -> dict[str, np.ndarray]:
     step[first] = which[first]
     scale = np.full(len(rows), np.finfo(np.float32).tiny, dtype=np.float32)
     np.maximum.at(scale, row_of, weight)
-    share = weight / scale[row_of]
+    finest = np.uint8 if merged is None else np.uint16
+    share = weight / scale[row_of] * np.iinfo(finest).max
     return {
         "position": position,
         "count": count,
         "scale": scale,
         "step": step.astype(np.uint16 if len(position) < 2**16 else np.uint32),
-        "weight": (255 * share).round().astype(np.uint8),
+        "weight": share.round().astype(finest),
     }
 
 

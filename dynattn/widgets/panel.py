@@ -17,10 +17,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynattn.data import read_image, to_input, to_rgb
-from dynattn.tracing import Record, RegionRoutes, Trace, roll_out, trace
+from dynattn.tracing import Keys, Record, RegionRoutes, Trace, roll_out, trace
 
 MEAN = "mean"  # the head that stands for the mean over all heads
+LIKED = ("orange", "blue", "green", "yellow", "purple")  # colours of the tokens that a query likes most
 SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than what a small model sees
+
+
+@dataclass(frozen=True)
+class TokensRead:
+    """The tokens that one query reads, the most liked first, where the cells of the map became fewer tokens.
+
+    number, weight, size (n,): of each its number, what the query gives to it, and how many cells became it. merged
+    (S,): the token of every cell.
+    """
+
+    number: Int[np.ndarray, " n"]
+    weight: Float[np.ndarray, " n"]
+    size: Int[np.ndarray, " n"]
+    merged: Int[np.ndarray, " S"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class Reading:
     """What one query reads in one layer and head of one panel.
 
     cell: (i, j) of the query's cell. keys (n, 3): x, y, weight, in pixels of the image that the model saw. counts: how
-    many keys each head reads, of those that `head` stands for.
+    many keys each head reads, of those that `head` stands for. tokens: those that the keys stand for, if any.
     """
 
     layer: str
@@ -36,6 +51,7 @@ class Reading:
     cell: tuple[int, int]
     keys: Float[np.ndarray, "n 3"]
     counts: tuple[int, ...]
+    tokens: TokensRead | None = None
 
     @property
     def heaviest(self) -> Float[np.ndarray, "3"]:
@@ -89,6 +105,14 @@ class Panel:
         """The regions that each region of queries reads, in a layer that chooses whole regions."""
         return self.trace[layer].region_routes()
 
+    def merged(self, layer: str, head: int | str) -> Int[np.ndarray, " S"] | None:
+        """The token that every cell became part of, where a head, or all heads in the same way, read fewer tokens."""
+        record = self.trace[layer]
+        each = [record.merged(m) for m in (range(record.heads) if head == MEAN else [head])]
+        if any(one is None or not torch.equal(one, each[0]) for one in each):
+            return None
+        return each[0].cpu().numpy() if int(each[0].max()) + 1 < len(each[0]) else None
+
     def record(self, layer: str) -> Record:
         """The record of a layer, as one that makes each effective matrix once.
 
@@ -97,6 +121,7 @@ class Panel:
         if self._remembered is None or self._remembered.name != layer:
             record = copy(self.trace[layer])
             record.effective_matrix = lru_cache(record.effective_matrix)
+            record.weights = lru_cache(record.weights)
             record.cells = lru_cache(record.cells)
             self._remembered = record
         return self._remembered
@@ -105,9 +130,17 @@ class Panel:
         """What the query at pixel (row, col) reads, in a head or in the mean of all."""
         record = self.record(layer)
         heads = range(record.heads) if head == MEAN else [head]
-        each = [_array(record, row, col, m) for m in heads]
+        each = [as_array(record.keys(row, col, m)) for m in heads]
         cell = divmod(record.query(row, col), record.query_shape[1])
-        return Reading(layer, head, cell, merge(each), tuple(map(len, each)))
+        keys, merged = merge(each), self.merged(layer, head)
+        tokens = None if merged is None else tokens_read(keys, merged, record)
+        return Reading(layer, head, cell, keys, tuple(map(len, each)), tokens)
+
+    def marks(self, reading: Reading) -> str:
+        """How a reading is drawn: "tokens", or its keys as "cells" of the layer's map or as "points"."""
+        if reading.tokens is not None:
+            return "tokens"
+        return "cells" if on_cells(reading.keys, self.trace[reading.layer]) else "points"
 
     @cached_property
     def rollouts(self) -> Float[np.ndarray, "L S"]:
@@ -126,9 +159,8 @@ class Panel:
         return divmod(query, last.query_shape[1]), self.rollouts[query]
 
 
-def _array(record: Record, row: float, col: float, head: int) -> Float[np.ndarray, "n 3"]:
-    """The keys of one query in one head as x, y, weight."""
-    keys = record.keys(row, col, head)
+def as_array(keys: Keys) -> Float[np.ndarray, "n 3"]:
+    """Keys as x, y, weight."""
     return torch.cat([keys.xy, keys.weight[:, None].to(keys.xy)], dim=1).float().cpu().numpy()
 
 
@@ -150,6 +182,24 @@ def unique_positions(
     # As integers the bits of (x, y) sort by y, then by x, and far faster than pairs do.
     found, which = np.unique(pairs.view(np.int64)[:, 0], return_inverse=True)
     return found.view(np.float32).reshape(-1, 2), which
+
+
+def tokens_read(keys: Float[np.ndarray, "n 3"], merged: Int[np.ndarray, " S"], record: Record) -> TokensRead:
+    """The tokens that keys lie on, each with the sum of their weights; `lens.js` does the same."""
+    cells = ((keys[:, 1::-1] + 0.5) / record.stride).astype(int)
+    cells = np.minimum(cells, np.array(record.query_shape) - 1)
+    which = merged[cells[:, 0] * record.query_shape[1] + cells[:, 1]]
+    number = np.unique(which)
+    weight, size = np.bincount(which, keys[:, 2])[number], np.bincount(merged)[number]
+    order = np.argsort(-weight, kind="stable")
+    return TokensRead(number[order], weight[order], size[order], merged)
+
+
+def key_for_each_token(keys: Float[np.ndarray, "n 3"], merged: Int[np.ndarray, " S"], record: Record) -> Keys:
+    """The same with one key for each token, on the first of its cells."""
+    read = tokens_read(keys, merged, record)
+    first = torch.from_numpy(np.unique(merged, return_index=True)[1][read.number])
+    return Keys(record.cells()[first], torch.from_numpy(read.weight))
 
 
 def on_cells(keys: Float[np.ndarray, "n 3"], record: Record) -> bool:
@@ -184,13 +234,27 @@ def count_name(found: int, counts: Sequence[int], cells: bool) -> str:
     return f"{found} {what} of {heads} heads"
 
 
-def meaning(fade: float, cells: bool) -> str:
-    """What the marks on a panel mean; `lens.js` says the same."""
-    keys = "Squares: cells that the query reads; colour: weight."
-    if not cells:
-        keys = "Dots: points that the query reads; area and colour: weight."
+MEANING = {
+    "cells": "Squares: cells that the query reads; colour: weight.",
+    "points": "Dots: points that the query reads; area and colour: weight.",
+    "tokens": (
+        "Many cells became one token. Colours: cells of the tokens that the query likes most. White: cells of the "
+        "others that it reads; the brighter, the more their token gets."
+    ),
+}
+
+
+def meaning(fade: float, marks: str) -> str:
+    """What the marks on a panel mean, see `Panel.marks`; `lens.js` says the same."""
     rollout = "Rollout: how much each cell of the first layer gives to the query's cell of the last, over all layers."
-    return " ".join([keys] * (fade < 1) + [rollout] * (fade > 0))
+    return " ".join([MEANING[marks]] * (fade < 1) + [rollout] * (fade > 0))
+
+
+def tokens_name(tokens: TokensRead) -> str:
+    """How many tokens are read, and those that the query likes most, by their colours."""
+    liked = zip(LIKED, tokens.weight.tolist(), tokens.size.tolist(), strict=False)
+    each = ", ".join(f"{colour} {weight:.3g} ({size} cell{'s' * (size > 1)})" for colour, weight, size in liked)
+    return f"{len(tokens.number)} tokens, liked most: {each}"
 
 
 def shows_routes(routes: RegionRoutes | None) -> bool:
@@ -312,9 +376,11 @@ class View:
             f"Query {pixel_name(row, col)}, cell {pixel_name(*reading.cell)} of {panel.titles[reading.layer]}, "
             f"{head_name(reading.head, record.heads)}: "
         )
-        if len(reading.keys):
+        if reading.tokens is not None:
+            said += tokens_name(reading.tokens)
+        elif len(reading.keys):
             x, y, weight = reading.heaviest
-            number = count_name(len(reading.keys), reading.counts, on_cells(reading.keys, record))
+            number = count_name(len(reading.keys), reading.counts, panel.marks(reading) == "cells")
             said += f"{number}, heaviest {weight:.3g} at {pixel_name(y, x)}"
         else:
             said += "no keys"

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from dynattn.figures import style
 from dynattn.tracing import Record, RegionRoutes
 
-from .panel import Panel, Reading, View, head_name, meaning, meaning_of_routes, on_cells, shows_routes
+from .panel import LIKED, Panel, Reading, TokensRead, View, head_name, meaning, meaning_of_routes, shows_routes
 
 COLOURS = colormaps["viridis"]
 
@@ -33,9 +34,18 @@ def draw(view: View, dpi: int) -> Image.Image:
     marks = [
         (style.mark("*", style.RED, 15, markeredgecolor=style.PAPER), "the query"),
         (style.mark("s", "none", 11, markeredgewidth=1.6), "its cell"),
-        (style.mark("o", COLOURS(0.1), 6), "keys: little weight"),
-        (style.mark("o", COLOURS(1.0), 11), "most weight"),
     ]
+    if any(one.tokens is None for _, one in pairs):
+        marks += [
+            (style.mark("o", COLOURS(0.1), 6), "keys: little weight"),
+            (style.mark("o", COLOURS(1.0), 11), "most weight"),
+        ]
+    if any(one.tokens is not None for _, one in pairs):
+        last = len(LIKED) - 1  # the caption has the others, there is no room here
+        marks += [
+            (style.mark("s", style.GROUPS[0], 9), "token liked most"),
+            (style.mark("s", style.GROUPS[last], 9), f"{last + 1}th"),
+        ]
     style.key(sheet, marks)
     file = BytesIO()
     sheet.figure.savefig(file, dpi=dpi)
@@ -52,10 +62,10 @@ def caption(view: View) -> str:
         outlined = f". {meaning_of_routes(routes)}" if view.fade < 1 and shows_routes(routes) else "."
         seen.append(f"{panel.name}: {said}{outlined}")
     pairs = zip(view.panels, view.readings(), strict=True)
-    kinds = {on_cells(one.keys, panel.trace[one.layer]) for panel, one in pairs}
-    marks = " ".join(meaning(0, cells) for cells in sorted(kinds)) if view.fade < 1 else ""
+    kinds = {panel.marks(one) for panel, one in pairs}
+    marks = " ".join(meaning(0, kind) for kind in sorted(kinds, reverse=True)) if view.fade < 1 else ""
     if view.fade > 0:
-        marks = f"{marks} {meaning(1, True)}".strip()
+        marks = f"{marks} {meaning(1, 'cells')}".strip()
     return f"{shown}; (row, col) are pixels of what the model saw. {marks} {' '.join(seen)}"
 
 
@@ -64,7 +74,9 @@ def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> 
     record = panel.trace[reading.layer]
     row, col = view.place(p)
     if view.fade < 1:
-        if on_cells(reading.keys, record):
+        if reading.tokens is not None:
+            tokens(ax, reading.tokens, record, 1 - view.fade)
+        elif panel.marks(reading) == "cells":
             cells(ax, reading.keys, record, 1 - view.fade)
         else:
             dots(ax, reading.keys, 1 - view.fade)
@@ -87,6 +99,20 @@ def cells(ax: Axes, keys: Float[np.ndarray, "n 3"], record: Record, alpha: float
     colours = COLOURS(share)
     colours[:, 3] = alpha * (least + (0.9 - least) * share)
     ax.add_collection(PatchCollection(boxes, facecolors=colours, linewidths=0, antialiaseds=False, zorder=2))
+
+
+def tokens(ax: Axes, read: TokensRead, record: Record, alpha: float) -> None:
+    """Every token over its cells: those that are liked most in colours of their own, the others white by weight."""
+    colour = np.zeros((read.merged.max() + 1, 4))
+    colour[read.number, :3], colour[read.number, 3] = 1, 0.5 * read.weight / read.weight.max()
+    liked = read.number[: len(LIKED)]
+    colour[liked] = [to_rgba(one, 0.85) for one in style.GROUPS[: len(liked)]]
+    colour[:, 3] *= alpha
+    height, width = record.stride
+    boxes = [Rectangle((x - width / 2, y - height / 2), width, height) for x, y in record.cells().tolist()]
+    rims = np.isin(read.merged, liked) * 0.6
+    look = dict(facecolors=colour[read.merged], linewidths=rims, edgecolors=style.INK, zorder=2)
+    ax.add_collection(PatchCollection(boxes, **look, antialiaseds=False))
 
 
 def dots(ax: Axes, keys: Float[np.ndarray, "n 3"], alpha: float) -> None:
