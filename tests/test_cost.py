@@ -181,7 +181,7 @@ def test_bad_sizes(size, kind, message, unchecked):
 
 def test_unknown_papers():
     with pytest.raises(
-        ValueError, match="paper: expected one of 'biformer', 'dat', 'debiformer', 'dgt', 'sgformer', got 'vit'"
+        ValueError, match="paper: expected one of 'biformer', 'dat', 'debiformer', 'dgt', 'setr', 'sgformer', got 'vit'"
     ):
         cost.table("vit")
 

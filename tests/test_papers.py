@@ -15,6 +15,7 @@ from dynattn.models import registry
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"dat": "dat_tiny", "debiformer": "debiformer_tiny", "dgt": "dgt_tiny", "sgformer": "sgformer_small"}
+MODEL |= {"setr": "setr_pup_base"}
 WITH_LESSON = [paper for paper in papers.names() if "\nlesson = " in (papers.FOLDER / f"{paper}.toml").read_text()]
 ROWS = [(paper, row) for paper in papers.names() for row in papers.ledger(paper)]
 CALL = re.compile(r"(?P<function>[\w.]+)\((?P<keyword>\w+)\)")
@@ -26,7 +27,7 @@ def test_there_is_a_ledger_a_paper():
 
 
 def test_a_paper_without_a_ledger():
-    with pytest.raises(ValueError, match="paper: expected one of dat, debiformer, dgt, sgformer, got 'vit'"):
+    with pytest.raises(ValueError, match="paper: expected one of dat, debiformer, dgt, setr, sgformer, got 'vit'"):
         papers.ledger("vit")
 
 

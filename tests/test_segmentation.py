@@ -281,9 +281,9 @@ def test_segment_tells_what_is_wrong(options, message, photo, trained, capsys):
 
 
 def test_a_state_dict_of_torch_save_tells_its_classes(tmp_path):
-    torch.save(dynattn.create_model("setr_naive_base", num_classes=7).state_dict(), tmp_path / "own.pth")
-    name, model = model_from(tmp_path / "own.pth", "setr_naive_base")
-    assert (name, model.num_classes) == ("setr_naive_base", 7)
+    torch.save(dynattn.create_model("setr_mla_mini", num_classes=7).state_dict(), tmp_path / "own.pth")
+    name, model = model_from(tmp_path / "own.pth", "setr_mla_mini")
+    assert (name, model.num_classes) == ("setr_mla_mini", 7)
 
 
 @pytest.mark.slow

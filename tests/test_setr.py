@@ -1,5 +1,6 @@
 """SETR's models: equality with the published code, counts, arguments, sizes, weights of timm's encoders."""
 
+import csv
 import re
 
 import deterministic
@@ -81,6 +82,40 @@ def test_a_beit_encoder_has_as_many_parameters_and_multiply_adds(unchecked):
     assert cost.count(beit, 512).macs == cost.count(vit, 512).macs
     tables = 12 * 12 * (63**2 + 3) + 12 * (2 * 768 - 768)  # with two factors, and without the bias of the keys
     assert count(beit) == count(vit) - (32**2 + 1) * 768 + tables
+
+
+def test_channels_of_mla():
+    """The text halves them at the first and the third layer; the published code goes to 256 at once, then to 128."""
+    published, text = on_meta("setr_mla_large"), on_meta("setr_mla_large", channels=512)
+    assert published.decoder.reduce[0][0].out_channels == 256 and text.decoder.reduce[0][0].out_channels == 512
+    assert published.decoder.refine[0][1][0].out_channels == 128 and text.decoder.refine[0][1][0].out_channels == 256
+    assert count(text) > count(published)
+
+
+def test_numbers_that_the_paper_prints():
+    """Every row of Tables 3 and 5 that is SETR's has our model beside it. MLA-BEiT has 368 G, not Table 5's 318."""
+    table = cost.tables()["setr"]
+    with table.published.open(newline="") as file:
+        said = {row["model"]: row for row in csv.DictReader(file)}
+    assert set(said) == {row.published for row in table.rows} and len(said) == 20
+    assert {row.model for row in table.rows} == set(NAMES)
+    for row in table.rows:
+        assert said[row.published]["resolution"] == str(row.size) == str(row.options["img_size"])
+        assert said[row.published]["task"] == {19: "cityscapes", 150: "ade20k"}[row.options["num_classes"]]
+    assert [said[f"setr_mla_large{end}"]["macs_G"] for end in ("_ade20k", "_beit_ade20k")] == ["368", "368"]
+    assert [said[f"setr_{d}_large"]["value"] for d in ("mla", "pup")] == ["77.24", "79.34"]  # of 80,000 steps
+
+
+@pytest.mark.slow
+def test_the_table_beside_the_paper(unchecked):
+    """Parameters as printed, but for what notes explain; multiply-adds of the encoder's rows as printed."""
+    rows = {row["name"]: row for row in cost.table("setr")}
+    for name, row in rows.items():
+        printed, ours = float(row["paper_params_M"]), row["params"] / 1e6
+        assert abs(ours - printed) < 1.6 or name == "setr_pup_2step_large"
+        assert row["macs"] / 1e9 == pytest.approx(float(row["paper_macs_G"]), rel=0.005) or row["note"]
+    assert [round(rows[f"setr_naive_{size}"]["macs_fvcore"] / 1e9) for size in ("large", "base")] == [960, 296]
+    assert round(rows["setr_naive_large_ade20k"]["macs_fvcore"] / 1e9) == 363
 
 
 # -------------------------------------------------------------------------------------------------- the published code

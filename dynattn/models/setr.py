@@ -48,7 +48,8 @@ class SETR(nn.Module):
     aux: whether there are auxiliary heads; without them training has the main loss alone (Table 3, "w.o.aux").
     aux_weight: of each auxiliary loss, for who trains the model.
     steps: for "pup", in how many upsamplings the patch's side is made up for; 2 is "2step" of Table 3.
-    channels: of the decoder.  variant, classify_last, classifier_kernel: see the head of this file.
+    channels: of the decoder.  conv_stem, local_convs: as of `ViT`, for small models.
+    variant, classify_last, classifier_kernel: see the head of this file.
     layer_scale: what BEiT's factors start from.  attn_drop_rate, proj_drop_rate: of attention weights, and of what the
     two branches of a layer put out.  drop_path_rate: stochastic depth of the last layer.
     Raises ValueError, TypeError for arguments that do not fit together. Source: SETR sections 3.2, 3.4 and 4.1.
@@ -75,6 +76,8 @@ class SETR(nn.Module):
         aux_weight: float = 0.4,
         steps: int = 4,
         channels: int = 256,
+        conv_stem: bool = False,
+        local_convs: bool = False,
         variant: str = "official",
         classify_last: bool | None = None,
         classifier_kernel: int | None = None,
@@ -108,6 +111,8 @@ class SETR(nn.Module):
             depth=depth,
             heads=heads,
             class_token=decoder != "mla",
+            conv_stem=conv_stem,
+            local_convs=local_convs,
             layer_scale=layer_scale,
             attn_drop=attn_drop_rate,
             proj_drop=proj_drop_rate,
@@ -140,13 +145,15 @@ class SETR(nn.Module):
         layers: Sequence,
         aux_layers: Sequence,
         aux: bool,
+        conv_stem: bool,
         **options,
     ) -> dict:
         """What timm wants to know of a model before it is made."""
         count = len(layers if decoder == "mla" else aux_layers) if aux else 0
         classifiers = ("decoder.classifier", *(f"aux.{i}.classifier" for i in range(count)))
         pool_size = tuple(-(-side // patch) for side in core.pair("img_size", img_size))
-        return dict(pool_size=pool_size, first_conv="encoder.embed.proj", classifier=classifiers)
+        first = "encoder.embed.proj.stem.convs.0.0" if conv_stem else "encoder.embed.proj"
+        return dict(pool_size=pool_size, first_conv=first, classifier=classifiers)
 
     # What it computes ------------------------------------------------------------------------------------------------
 
@@ -370,6 +377,22 @@ for (_decoder, _size), _layers in READ.items():
     register_model(
         f"setr_{_decoder}_{_size}", SETR, decoder=_decoder, **(BASE if _size == "base" else LARGE), **_layers
     )
+
+MINI = dict(
+    img_size=64,
+    num_classes=11,
+    patch=8,
+    dim=96,
+    depth=4,
+    heads=4,
+    channels=48,
+    conv_stem=True,
+    local_convs=True,
+)
+
+register_model("setr_naive_mini", SETR, decoder="naive", layers=(4,), aux_layers=(2, 3), **MINI)
+register_model("setr_pup_mini", SETR, decoder="pup", steps=3, layers=(4,), aux_layers=(2, 3), **MINI)
+register_model("setr_mla_mini", SETR, decoder="mla", layers=(1, 2, 3, 4), **MINI)
 
 register_published("decode_head.norm.weight", identify)
 register_published("mla.mla_p2.0.weight", identify)
