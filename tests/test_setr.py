@@ -2,6 +2,9 @@
 
 import csv
 import re
+import subprocess
+import sys
+import textwrap
 
 import deterministic
 import numpy as np
@@ -449,6 +452,10 @@ def test_the_interface_of_timm_s_models():
     maps = model.forward_intermediates(deterministic.image(1, 64), [0, -1], intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(1, 24, 4, 4)] * 2
     assert torch.equal(maps[1], model.forward_features(deterministic.image(1, 64)))
+    assert torch.equal(model.forward_head(maps[1]), model(deterministic.image(1, 64)))
+    assert torch.equal(model.forward_head(maps[1], pre_logits=True), maps[1])
+    with pytest.raises(ValueError, match='decoder: "mla" reads several layers, and forward_head has the last one only'):
+        small("mla").forward_head(maps[1])
     features = timm.create_model("setr_naive_base", **SMALL | READ["naive"], features_only=True, out_indices=(1, 2))
     assert features.feature_info.reduction() == [16, 16] and features.feature_info.channels() == [24, 24]
     assert [tuple(m.shape) for m in features(torch.randn(1, 3, 64, 64))] == [(1, 24, 4, 4)] * 2
@@ -478,6 +485,66 @@ def test_a_step_of_training(decoder):
         assert fixed == ({"encoder.embed.class_token", "encoder.embed.class_position"} if decoder == "mla" else set())
     for a, b in zip(*slopes, strict=True):
         torch.testing.assert_close(a, b)
+
+
+MINIS = {"setr_naive_mini": 548_217, "setr_pup_mini": 700_569, "setr_mla_mini": 708_899}
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_small_models(name):
+    """Patches of 8 pixels by convolutions, eleven classes; logits of every pixel, for any size."""
+    model = dynattn.create_model(name).eval()
+    assert count(model) == MINIS[name]
+    with torch.no_grad():
+        logits, aux = model(torch.randn(1, 3, 50, 77), aux=True)
+    assert all(part.shape == (1, 11, 50, 77) for part in (logits, *aux)) and len(aux) == len(model.aux) >= 2
+    trace = dynattn.trace(model, torch.randn(3, 64, 64))
+    assert [record.query_shape for record in trace] == [(8, 8)] * 4
+    first = timm.models.get_pretrained_cfg(name).first_conv
+    assert model.get_submodule(first).in_channels == 3
+    assert count(dynattn.create_model(name, aux=False)) < MINIS[name]
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_patches_by_convolutions(patch):
+    """As many tokens as patches have; a side that is no power of 2 is refused."""
+    model = small("naive", patch=patch, conv_stem=True, local_convs=True)
+    maps = model.forward_intermediates(deterministic.image(1, (30, 64)), intermediates_only=True)
+    assert {tuple(m.shape) for m in maps} == {(1, 24, -(-30 // patch), 64 // patch)}
+    with pytest.raises(ValueError, match="patch: expected 4, 8, 16 and so on for a stem of convolutions, got 6"):
+        small("naive", patch=6, conv_stem=True)
+
+
+def test_weights_of_a_small_model_at_another_size_and_of_other_classes(tmp_path):
+    """Through timm's door: positions are resized, classifiers of all heads are new, all else is kept."""
+    model = dynattn.create_model("setr_pup_mini").eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"))
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, img_size=96)
+    same, other = (timm.create_model("setr_pup_mini", **options, num_classes=n).eval() for n in (11, 4))
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(same(images), model(images))
+        torch.testing.assert_close(other.forward_features(images), model.forward_features(images))
+        logits, aux = other(images, aux=True)
+    assert all(part.shape == (1, 4, 96, 96) for part in (logits, *aux))
+
+
+@pytest.mark.slow
+def test_a_compiled_and_an_exported_model():
+    """torch.compile without a break, and torch.export; in a process without shape checks, which graphs cannot have."""
+    program = """
+        import torch, dynattn
+        for name, how in (("setr_pup_mini", {}), ("setr_mla_mini", {}), ("setr_naive_mini", dict(encoder="beit"))):
+            model = dynattn.create_model(name, **how).eval()
+            images = torch.randn(2, 3, 50, 44)
+            with torch.no_grad():
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+                torch.testing.assert_close(compiled(images), model(images))
+                exported = torch.export.export(model, (images,)).module()
+                torch.testing.assert_close(exported(images), model(images))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=600)
 
 
 def test_decoders_take_the_maps_of_any_backbone():

@@ -187,6 +187,17 @@ class SETR(nn.Module):
         self.check_input(x)
         return self.encoder(x, (len(self.encoder.blocks),))[0]
 
+    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B _ H W"]:
+        """Logits of every pixel from the last layer's map (`pre_logits`: the map itself).
+
+        Raises ValueError for "mla", whose decoder reads several layers.
+        """
+        if pre_logits:
+            return x
+        if self.kind == "mla":
+            raise ValueError('decoder: "mla" reads several layers, and forward_head has the last one only')
+        return resize(self.decoder(x), tuple(side * self.encoder.patch for side in x.shape[-2:]))
+
     def forward_intermediates(
         self,
         x: Float[Tensor, "B C H W"],

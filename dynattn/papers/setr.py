@@ -70,7 +70,7 @@ cost.register(
 )
 
 # Objects with a photograph's texture among pieces of others; a class for each pixel.
-SCENES = dict(level="cluttered", size=64, steps=4000, batch=32, label_smoothing=0.0, task="segmentation")
+SCENES = dict(level="cluttered", size=64, steps=3000, batch=32, label_smoothing=0.0, task="segmentation")
 for decoder in ("naive", "pup", "mla"):
     name = f"setr_{decoder}_mini"
     register_recipe(name, Recipe(name, **SCENES))
