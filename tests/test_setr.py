@@ -74,6 +74,9 @@ def test_multiply_adds_of_the_paper_s_variant(unchecked):
     assert macs("setr_pup_large", variant="paper") == 425.2
     assert macs("setr_mla_large", variant="paper") == 368.1
     assert macs("setr_mla_large", variant="paper", num_classes=19, img_size=768) == 970.8
+    assert (macs("setr_pup_base", variant="paper"), macs("setr_mla_base", variant="paper")) == (169.6, 113.2)
+    street = dict(variant="paper", num_classes=19, img_size=768)
+    assert (macs("setr_pup_base", **street), macs("setr_mla_base", **street)) == (416.2, 306.6)
     two = on_meta("setr_pup_large", steps=2, variant="paper", num_classes=19, img_size=768)
     assert cost.count(two, 768).macs / 1e9 == pytest.approx(990, abs=1.5)  # Table 3, "2step"
     assert 308e6 < count(on_meta("setr_pup_large", steps=2, aux=False, num_classes=19, img_size=768)) < 308.6e6

@@ -24,7 +24,7 @@ from timm.models._input import update_model_input_size  # private, but what timm
 from torch import Tensor, nn
 
 from dynattn import core
-from dynattn.dense.setr import MultiLevelHead, ProgressiveHead, resize
+from dynattn.dense.setr import MapHead, MultiLevelHead, ProgressiveHead, resize
 from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 from dynattn.models.vit import ViT, load_encoder, split_positions
@@ -123,7 +123,7 @@ class SETR(nn.Module):
         if decoder == "mla":
             factor = max(1, patch // 4)
             self.decoder = MultiLevelHead([dim] * len(layers), factor=factor, kernel=how["classifier_kernel"], **size)
-            self.aux = nn.ModuleList(MapClassifier(channels, num_classes) for _ in layers if aux)
+            self.aux = nn.ModuleList(MapHead(channels, num_classes) for _ in layers if aux)
         elif decoder == "pup":
             factors = upsamplings(patch, steps)
             factors = factors if how["classify_last"] else (*factors[:-1], 1)
@@ -299,7 +299,7 @@ class SETR(nn.Module):
         if part == "aux":
             number, _, rest = rest.partition(".")
             place, head = f"auxiliary_head.{number}", self.aux[int(number)]
-        if isinstance(head, MapClassifier):
+        if isinstance(head, MapHead):
             return f"{place}.{rest.replace('classifier', 'aux')}"
         if isinstance(head, ProgressiveHead):
             rest = re.sub(r"^layers\.(\d+)\.0", r"conv_\1", rest)
@@ -313,19 +313,6 @@ class SETR(nn.Module):
             return f"{place}.mlahead.head{level + 2}.{3 * int(layer) + int(index)}.{rest}"
         theirs = {"norms": f"norm_{level}", "reduce": f"mla.mla_p{level + 2}_1x1", "smooth": f"mla.mla_p{level + 2}"}
         return f"{theirs[group]}.{rest}"
-
-
-class MapClassifier(nn.Module):
-    """A classifier without bias of (B, channels, h, w): the auxiliary head of MLA."""
-
-    def __init__(self, channels: int, num_classes: int):
-        super().__init__()
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
-
-    reset_classifier = MultiLevelHead.reset_classifier
-
-    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K h w"]:
-        return self.classifier(x)
 
 
 def check_layers(name: str, layers: object, depth: int, one: bool = False) -> None:
