@@ -6,7 +6,8 @@
             each two of 3 x 3 and four times the size; all side by side; classifier
 
 Naive and PUP are one class: one layer with a kernel of 1, or several with kernels of 3. Their auxiliary heads are the
-same with one layer; those of MLA are classifiers of its own maps. A decoder stops where one bilinear resize is left, to the size of the image: see `resize`.
+same with one layer; those of MLA are classifiers of its own maps. A decoder stops where one bilinear resize is left, to
+the size of the image: see `resize`.
 
 The paper's batch norm is synchronised over processes. Here it is plain; where there are several,
 `nn.SyncBatchNorm.convert_sync_batchnorm(model)` changes that.
