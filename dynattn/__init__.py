@@ -26,6 +26,7 @@ _MODULES = (
     "core",
     "cost",
     "data",
+    "dense",
     "figures",
     "mechanisms",
     "models",

@@ -451,6 +451,8 @@ def test_a_checkpoint_of_another_paper(untouched, shared):
     state = {key: torch.zeros(shape) for key, shape in listed(shared / "keys_hlg_tiny.tsv").items()}
     message = refusal(untouched, state)
     assert "209 missing: patch_proj.0.weight" in message and f"{len(state)} unexpected: " in message
+    assert message.endswith('It looks like one for dynattn.create_model("hlg_tiny").')
+    message = refusal(untouched, {f"theirs.{name}": value for name, value in state.items()})
     assert message.endswith("It is no published model that dynattn knows.")
 
 

@@ -20,6 +20,7 @@ MODEL = {
     "dgt": "dgt_tiny",
     "sgformer": "sgformer_small",
     "hlg": "hlg_small",
+    "setr": "setr_pup_base",
 }
 WITH_LESSON = [paper for paper in papers.names() if "\nlesson = " in (papers.FOLDER / f"{paper}.toml").read_text()]
 ROWS = [(paper, row) for paper in papers.names() for row in papers.ledger(paper)]
@@ -32,7 +33,7 @@ def test_there_is_a_ledger_a_paper():
 
 
 def test_a_paper_without_a_ledger():
-    with pytest.raises(ValueError, match="paper: expected one of dat, debiformer, dgt, hlg, sgformer, got 'vit'"):
+    with pytest.raises(ValueError, match=f"paper: expected one of {', '.join(sorted(papers.names()))}, got 'vit'"):
         papers.ledger("vit")
 
 

@@ -20,7 +20,7 @@ from dynattn.dense.drawing import label_picture, overlay, palette, shares
 from dynattn.dense.inference import enlarged, starts
 from dynattn.official import model_from
 from dynattn.training import Recipe, fit, loop, train
-from dynattn.training.recipes import plain
+from dynattn.training.recipes import get_recipe, plain, recipes
 from dynattn.training.tasks import TASKS, class_maps, evaluate_segmentation, segment
 
 TINY = dict(img_size=32, num_classes=3, patch=8, dim=16, depth=2, heads=2, channels=8)
@@ -281,9 +281,9 @@ def test_segment_tells_what_is_wrong(options, message, photo, trained, capsys):
 
 
 def test_a_state_dict_of_torch_save_tells_its_classes(tmp_path):
-    torch.save(dynattn.create_model("setr_naive_base", num_classes=7).state_dict(), tmp_path / "own.pth")
-    name, model = model_from(tmp_path / "own.pth", "setr_naive_base")
-    assert (name, model.num_classes) == ("setr_naive_base", 7)
+    torch.save(dynattn.create_model("setr_mla_mini", num_classes=7).state_dict(), tmp_path / "own.pth")
+    name, model = model_from(tmp_path / "own.pth", "setr_mla_mini")
+    assert (name, model.num_classes) == ("setr_mla_mini", 7)
 
 
 @pytest.mark.slow
@@ -399,6 +399,16 @@ def test_a_run_logs_and_reaches_mean_iou(tmp_path, monkeypatch):
         fit(model, train_set, test_set, RECIPE, folder, progress=False, log_every=1, save_every=2)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+def test_recipes_of_the_small_models():
+    """With and without auxiliary heads, all on the cluttered level."""
+    names = {f"setr_{decoder}_mini{end}" for decoder in ("naive", "pup", "mla") for end in ("", "_no_aux")}
+    assert names <= set(recipes())
+    for name in names:
+        recipe = get_recipe(name)
+        assert (recipe.task, recipe.level, recipe.label_smoothing) == ("segmentation", "cluttered", 0)
+        assert recipe.model_options == ({"aux": False} if name.endswith("_no_aux") else {})
 
 
 def test_a_task_that_there_is_not():

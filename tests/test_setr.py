@@ -1,6 +1,10 @@
 """SETR's models: equality with the published code, counts, arguments, sizes, weights of timm's encoders."""
 
+import csv
 import re
+import subprocess
+import sys
+import textwrap
 
 import deterministic
 import numpy as np
@@ -70,6 +74,9 @@ def test_multiply_adds_of_the_paper_s_variant(unchecked):
     assert macs("setr_pup_large", variant="paper") == 425.2
     assert macs("setr_mla_large", variant="paper") == 368.1
     assert macs("setr_mla_large", variant="paper", num_classes=19, img_size=768) == 970.8
+    assert (macs("setr_pup_base", variant="paper"), macs("setr_mla_base", variant="paper")) == (169.6, 113.2)
+    street = dict(variant="paper", num_classes=19, img_size=768)
+    assert (macs("setr_pup_base", **street), macs("setr_mla_base", **street)) == (416.2, 306.6)
     two = on_meta("setr_pup_large", steps=2, variant="paper", num_classes=19, img_size=768)
     assert cost.count(two, 768).macs / 1e9 == pytest.approx(990, abs=1.5)  # Table 3, "2step"
     assert 308e6 < count(on_meta("setr_pup_large", steps=2, aux=False, num_classes=19, img_size=768)) < 308.6e6
@@ -81,6 +88,40 @@ def test_a_beit_encoder_has_as_many_parameters_and_multiply_adds(unchecked):
     assert cost.count(beit, 512).macs == cost.count(vit, 512).macs
     tables = 12 * 12 * (63**2 + 3) + 12 * (2 * 768 - 768)  # with two factors, and without the bias of the keys
     assert count(beit) == count(vit) - (32**2 + 1) * 768 + tables
+
+
+def test_channels_of_mla():
+    """The text halves them at the first and the third layer; the published code goes to 256 at once, then to 128."""
+    published, text = on_meta("setr_mla_large"), on_meta("setr_mla_large", channels=512)
+    assert published.decoder.reduce[0][0].out_channels == 256 and text.decoder.reduce[0][0].out_channels == 512
+    assert published.decoder.refine[0][1][0].out_channels == 128 and text.decoder.refine[0][1][0].out_channels == 256
+    assert count(text) > count(published)
+
+
+def test_numbers_that_the_paper_prints():
+    """Every row of Tables 3 and 5 that is SETR's has our model beside it. MLA-BEiT has 368 G, not Table 5's 318."""
+    table = cost.tables()["setr"]
+    with table.published.open(newline="") as file:
+        said = {row["model"]: row for row in csv.DictReader(file)}
+    assert set(said) == {row.published for row in table.rows} and len(said) == 20
+    assert {row.model for row in table.rows} == set(NAMES)
+    for row in table.rows:
+        assert said[row.published]["resolution"] == str(row.size) == str(row.options["img_size"])
+        assert said[row.published]["task"] == {19: "cityscapes", 150: "ade20k"}[row.options["num_classes"]]
+    assert [said[f"setr_mla_large{end}"]["macs_G"] for end in ("_ade20k", "_beit_ade20k")] == ["368", "368"]
+    assert [said[f"setr_{d}_large"]["value"] for d in ("mla", "pup")] == ["77.24", "79.34"]  # of 80,000 steps
+
+
+@pytest.mark.slow
+def test_the_table_beside_the_paper(unchecked):
+    """Parameters as printed, but for what notes explain; multiply-adds of the encoder's rows as printed."""
+    rows = {row["name"]: row for row in cost.table("setr")}
+    for name, row in rows.items():
+        printed, ours = float(row["paper_params_M"]), row["params"] / 1e6
+        assert abs(ours - printed) < 1.6 or name == "setr_pup_2step_large"
+        assert row["macs"] / 1e9 == pytest.approx(float(row["paper_macs_G"]), rel=0.005) or row["note"]
+    assert [round(rows[f"setr_naive_{size}"]["macs_fvcore"] / 1e9) for size in ("large", "base")] == [960, 296]
+    assert round(rows["setr_naive_large_ade20k"]["macs_fvcore"] / 1e9) == 363
 
 
 # -------------------------------------------------------------------------------------------------- the published code
@@ -414,6 +455,10 @@ def test_the_interface_of_timm_s_models():
     maps = model.forward_intermediates(deterministic.image(1, 64), [0, -1], intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(1, 24, 4, 4)] * 2
     assert torch.equal(maps[1], model.forward_features(deterministic.image(1, 64)))
+    assert torch.equal(model.forward_head(maps[1]), model(deterministic.image(1, 64)))
+    assert torch.equal(model.forward_head(maps[1], pre_logits=True), maps[1])
+    with pytest.raises(ValueError, match='decoder: "mla" reads several layers, and forward_head has the last one only'):
+        small("mla").forward_head(maps[1])
     features = timm.create_model("setr_naive_base", **SMALL | READ["naive"], features_only=True, out_indices=(1, 2))
     assert features.feature_info.reduction() == [16, 16] and features.feature_info.channels() == [24, 24]
     assert [tuple(m.shape) for m in features(torch.randn(1, 3, 64, 64))] == [(1, 24, 4, 4)] * 2
@@ -443,6 +488,66 @@ def test_a_step_of_training(decoder):
         assert fixed == ({"encoder.embed.class_token", "encoder.embed.class_position"} if decoder == "mla" else set())
     for a, b in zip(*slopes, strict=True):
         torch.testing.assert_close(a, b)
+
+
+MINIS = {"setr_naive_mini": 548_217, "setr_pup_mini": 700_569, "setr_mla_mini": 708_899}
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_small_models(name):
+    """Patches of 8 pixels by convolutions, eleven classes; logits of every pixel, for any size."""
+    model = dynattn.create_model(name).eval()
+    assert count(model) == MINIS[name]
+    with torch.no_grad():
+        logits, aux = model(torch.randn(1, 3, 50, 77), aux=True)
+    assert all(part.shape == (1, 11, 50, 77) for part in (logits, *aux)) and len(aux) == len(model.aux) >= 2
+    trace = dynattn.trace(model, torch.randn(3, 64, 64))
+    assert [record.query_shape for record in trace] == [(8, 8)] * 4
+    first = timm.models.get_pretrained_cfg(name).first_conv
+    assert model.get_submodule(first).in_channels == 3
+    assert count(dynattn.create_model(name, aux=False)) < MINIS[name]
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_patches_by_convolutions(patch):
+    """As many tokens as patches have; a side that is no power of 2 is refused."""
+    model = small("naive", patch=patch, conv_stem=True, local_convs=True)
+    maps = model.forward_intermediates(deterministic.image(1, (30, 64)), intermediates_only=True)
+    assert {tuple(m.shape) for m in maps} == {(1, 24, -(-30 // patch), 64 // patch)}
+    with pytest.raises(ValueError, match="patch: expected 4, 8, 16 and so on for a stem of convolutions, got 6"):
+        small("naive", patch=6, conv_stem=True)
+
+
+def test_weights_of_a_small_model_at_another_size_and_of_other_classes(tmp_path):
+    """Through timm's door: positions are resized, classifiers of all heads are new, all else is kept."""
+    model = dynattn.create_model("setr_pup_mini").eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"))
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, img_size=96)
+    same, other = (timm.create_model("setr_pup_mini", **options, num_classes=n).eval() for n in (11, 4))
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(same(images), model(images))
+        torch.testing.assert_close(other.forward_features(images), model.forward_features(images))
+        logits, aux = other(images, aux=True)
+    assert all(part.shape == (1, 4, 96, 96) for part in (logits, *aux))
+
+
+@pytest.mark.slow
+def test_a_compiled_and_an_exported_model():
+    """torch.compile without a break, and torch.export; in a process without shape checks, which graphs cannot have."""
+    program = """
+        import torch, dynattn
+        for name, how in (("setr_pup_mini", {}), ("setr_mla_mini", {}), ("setr_naive_mini", dict(encoder="beit"))):
+            model = dynattn.create_model(name, **how).eval()
+            images = torch.randn(2, 3, 50, 44)
+            with torch.no_grad():
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+                torch.testing.assert_close(compiled(images), model(images))
+                exported = torch.export.export(model, (images,)).module()
+                torch.testing.assert_close(exported(images), model(images))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=600)
 
 
 def test_decoders_take_the_maps_of_any_backbone():

@@ -5,8 +5,9 @@
     MLA     four maps, each LayerNorm and 1 x 1; from the deepest on each is added to the next one up; 3 x 3; then for
             each two of 3 x 3 and four times the size; all side by side; classifier
 
-Naive and PUP are one class: one layer with a kernel of 1, or several with kernels of 3. An auxiliary head is the same
-with one layer. A decoder stops where one bilinear resize is left, to the size of the image: see `resize`.
+Naive and PUP are one class: one layer with a kernel of 1, or several with kernels of 3. Their auxiliary heads are the
+same with one layer; those of MLA are classifiers of its own maps. A decoder stops where one bilinear resize is left, to
+the size of the image: see `resize`.
 
 The paper's batch norm is synchronised over processes. Here it is plain; where there are several,
 `nn.SyncBatchNorm.convert_sync_batchnorm(model)` changes that.
@@ -83,6 +84,17 @@ class ProgressiveHead(Head):
         x = self.norm(x)
         for layer, factor in zip(self.layers, self.factors, strict=True):
             x = enlarge(layer(x), factor)
+        return self.classifier(x)
+
+
+class MapHead(Head):
+    """A classifier without bias, 1 x 1: (B, in_chans, h, w) to (B, num_classes, h, w). The auxiliary head of MLA."""
+
+    def __init__(self, in_chans: int, num_classes: int):
+        super().__init__()
+        self.classifier = nn.Conv2d(in_chans, num_classes, 1, bias=False)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K h w"]:
         return self.classifier(x)
 
 

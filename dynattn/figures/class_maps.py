@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dynattn.data import CLASSES
 
 from . import style
-from .drawing import NAMES, aspect_of, compared, conditions, ground, object_key, of_seeds, share
+from .drawing import NAMES, aspect_of, compared, conditions, ground, listed, object_key, of_seeds, share
 from .evidence import class_map, evaluate_maps, half, stages
 from .run import Drawing, Setting, unique
 from .subjects import RANDOM, Picture, Subject
@@ -146,9 +146,9 @@ def gradients(measures: Sequence[Measure]) -> str:
     """What Grad-CAM finds in the first stage, and in the last, where it is usually taken: of each model both."""
     half, values = len(measures) // 2, [f"{of_seeds(one).mean():.2f}" for one in measures]
     names = [one.name.split(", ")[2] for one in measures]
-    early = " and ".join(f"{value} with {name}" for value, name in zip(values[:half], names, strict=False))
+    early = listed([f"{value} with {name}" for value, name in zip(values[:half], names, strict=False)])
     nulls = [f"null {one.other:.2f}" for one in measures[half:]]
-    late = " and ".join(f"{a} with {b} ({c})" for a, b, c in zip(values[half:], names, nulls, strict=False))
+    late = listed([f"{a} with {b} ({c})" for a, b, c in zip(values[half:], names, nulls, strict=False)])
     return (
         f"Grad-CAM has {early} on the object in the first stage; in the last stage, as is usual, {late}. Large dots "
         "and bold numbers are of the networks that are drawn. "

@@ -133,6 +133,11 @@ def conditions(
     return text + f"Measures: {measured}means over {measures[0].n} test images{several}."
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words one after another: a, b and c."""
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + list(words[-1:]))
+
+
 def at_random(measure: Measure) -> str:
     """What random weights gave, in words."""
     return f"{RANDOM} {' / '.join(format(value, '.2f') for value in measure.random.values())}"

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from . import style
-from .drawing import of_seeds
+from .drawing import listed, of_seeds
 from .evidence import SHARES, contribution, receptive_field
 from .run import Drawing, Setting, unique
 from .subjects import RANDOM, SEED, Picture, Subject, own_picture, test_picture
@@ -209,7 +209,7 @@ def seeds_in_words(names: Sequence[str], sides: Sides) -> str:
     several = [name for name, count in counts.items() if count > 1]
     if not several:
         return "one seed of each model"
-    return f"of {' and '.join(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
+    return f"of {listed(several)} the mean of {counts[several[0]]} seeds (drawn: the first)"
 
 
 def write_table(ax: Axes, names: Sequence[str], labels: Sequence[str], sides: Sides) -> None:

@@ -24,7 +24,7 @@ from timm.models._input import update_model_input_size  # private, but what timm
 from torch import Tensor, nn
 
 from dynattn import core
-from dynattn.dense.setr import MultiLevelHead, ProgressiveHead, resize
+from dynattn.dense.setr import MapHead, MultiLevelHead, ProgressiveHead, resize
 from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 from dynattn.models.vit import ViT, load_encoder, split_positions
@@ -48,7 +48,8 @@ class SETR(nn.Module):
     aux: whether there are auxiliary heads; without them training has the main loss alone (Table 3, "w.o.aux").
     aux_weight: of each auxiliary loss, for who trains the model.
     steps: for "pup", in how many upsamplings the patch's side is made up for; 2 is "2step" of Table 3.
-    channels: of the decoder.  variant, classify_last, classifier_kernel: see the head of this file.
+    channels: of the decoder.  conv_stem, local_convs: as of `ViT`, for small models.
+    variant, classify_last, classifier_kernel: see the head of this file.
     layer_scale: what BEiT's factors start from.  attn_drop_rate, proj_drop_rate: of attention weights, and of what the
     two branches of a layer put out.  drop_path_rate: stochastic depth of the last layer.
     Raises ValueError, TypeError for arguments that do not fit together. Source: SETR sections 3.2, 3.4 and 4.1.
@@ -75,6 +76,8 @@ class SETR(nn.Module):
         aux_weight: float = 0.4,
         steps: int = 4,
         channels: int = 256,
+        conv_stem: bool = False,
+        local_convs: bool = False,
         variant: str = "official",
         classify_last: bool | None = None,
         classifier_kernel: int | None = None,
@@ -108,6 +111,8 @@ class SETR(nn.Module):
             depth=depth,
             heads=heads,
             class_token=decoder != "mla",
+            conv_stem=conv_stem,
+            local_convs=local_convs,
             layer_scale=layer_scale,
             attn_drop=attn_drop_rate,
             proj_drop=proj_drop_rate,
@@ -118,7 +123,7 @@ class SETR(nn.Module):
         if decoder == "mla":
             factor = max(1, patch // 4)
             self.decoder = MultiLevelHead([dim] * len(layers), factor=factor, kernel=how["classifier_kernel"], **size)
-            self.aux = nn.ModuleList(MapClassifier(channels, num_classes) for _ in layers if aux)
+            self.aux = nn.ModuleList(MapHead(channels, num_classes) for _ in layers if aux)
         elif decoder == "pup":
             factors = upsamplings(patch, steps)
             factors = factors if how["classify_last"] else (*factors[:-1], 1)
@@ -140,13 +145,15 @@ class SETR(nn.Module):
         layers: Sequence,
         aux_layers: Sequence,
         aux: bool,
+        conv_stem: bool,
         **options,
     ) -> dict:
         """What timm wants to know of a model before it is made."""
         count = len(layers if decoder == "mla" else aux_layers) if aux else 0
         classifiers = ("decoder.classifier", *(f"aux.{i}.classifier" for i in range(count)))
         pool_size = tuple(-(-side // patch) for side in core.pair("img_size", img_size))
-        return dict(pool_size=pool_size, first_conv="encoder.embed.proj", classifier=classifiers)
+        first = "encoder.embed.proj.stem.convs.0.0" if conv_stem else "encoder.embed.proj"
+        return dict(pool_size=pool_size, first_conv=first, classifier=classifiers)
 
     # What it computes ------------------------------------------------------------------------------------------------
 
@@ -179,6 +186,17 @@ class SETR(nn.Module):
         """The map behind the last layer."""
         self.check_input(x)
         return self.encoder(x, (len(self.encoder.blocks),))[0]
+
+    def forward_head(self, x: Float[Tensor, "B c h w"], pre_logits: bool = False) -> Float[Tensor, "B _ H W"]:
+        """Logits of every pixel from the last layer's map (`pre_logits`: the map itself).
+
+        Raises ValueError for "mla", whose decoder reads several layers.
+        """
+        if pre_logits:
+            return x
+        if self.kind == "mla":
+            raise ValueError('decoder: "mla" reads several layers, and forward_head has the last one only')
+        return resize(self.decoder(x), tuple(side * self.encoder.patch for side in x.shape[-2:]))
 
     def forward_intermediates(
         self,
@@ -281,7 +299,7 @@ class SETR(nn.Module):
         if part == "aux":
             number, _, rest = rest.partition(".")
             place, head = f"auxiliary_head.{number}", self.aux[int(number)]
-        if isinstance(head, MapClassifier):
+        if isinstance(head, MapHead):
             return f"{place}.{rest.replace('classifier', 'aux')}"
         if isinstance(head, ProgressiveHead):
             rest = re.sub(r"^layers\.(\d+)\.0", r"conv_\1", rest)
@@ -295,19 +313,6 @@ class SETR(nn.Module):
             return f"{place}.mlahead.head{level + 2}.{3 * int(layer) + int(index)}.{rest}"
         theirs = {"norms": f"norm_{level}", "reduce": f"mla.mla_p{level + 2}_1x1", "smooth": f"mla.mla_p{level + 2}"}
         return f"{theirs[group]}.{rest}"
-
-
-class MapClassifier(nn.Module):
-    """A classifier without bias of (B, channels, h, w): the auxiliary head of MLA."""
-
-    def __init__(self, channels: int, num_classes: int):
-        super().__init__()
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
-
-    reset_classifier = MultiLevelHead.reset_classifier
-
-    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K h w"]:
-        return self.classifier(x)
 
 
 def check_layers(name: str, layers: object, depth: int, one: bool = False) -> None:
@@ -370,6 +375,22 @@ for (_decoder, _size), _layers in READ.items():
     register_model(
         f"setr_{_decoder}_{_size}", SETR, decoder=_decoder, **(BASE if _size == "base" else LARGE), **_layers
     )
+
+MINI = dict(
+    img_size=64,
+    num_classes=11,
+    patch=8,
+    dim=96,
+    depth=4,
+    heads=4,
+    channels=48,
+    conv_stem=True,
+    local_convs=True,
+)
+
+register_model("setr_naive_mini", SETR, decoder="naive", layers=(4,), aux_layers=(2, 3), **MINI)
+register_model("setr_pup_mini", SETR, decoder="pup", steps=3, layers=(4,), aux_layers=(2, 3), **MINI)
+register_model("setr_mla_mini", SETR, decoder="mla", layers=(1, 2, 3, 4), **MINI)
 
 register_published("decode_head.norm.weight", identify)
 register_published("mla.mla_p2.0.weight", identify)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynattn import core, tracing
 from dynattn.mechanisms.dense import DenseRecord
-from dynattn.models.layers import check_dtype, drop_path_rates, initialise
+from dynattn.models.layers import ConvStem, LocalConv, PatchEmbedding, check_dtype, drop_path_rates, initialise
 
 
 def resize_positions(table: Float[Tensor, "C I J"], size: tuple[int, int]) -> Float[Tensor, "C H W"]:
@@ -36,12 +36,28 @@ def resize_positions(table: Float[Tensor, "C I J"], size: tuple[int, int]) -> Fl
     return F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
+class ConvPatches(nn.Module):
+    """Patches by a `ConvStem`, and one more halving for each side above 4: (B, C, H, W) to (B, dim, h, w)."""
+
+    def __init__(self, in_chans: int, patch: int, dim: int):
+        super().__init__()
+        halvings = patch.bit_length() - 3
+        if patch != 4 * 2 ** max(halvings, 0):
+            raise ValueError(f"patch: expected 4, 8, 16 and so on for a stem of convolutions, got {patch}")
+        widths = [dim // 2 ** (halvings - i) for i in range(halvings + 1)]
+        self.stem = ConvStem(in_chans, widths[0])
+        self.down = nn.Sequential(*(PatchEmbedding(a, b, 3, 2) for a, b in zip(widths, widths[1:], strict=False)))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B c h w"]:
+        return rearrange(self.down(self.stem(rearrange(x, "B C H W -> B H W C"))), "B h w c -> B c h w")
+
+
 class Tokens(nn.Module):
     """(B, C, H, W) to tokens of patches and the shape of their map, which covers the image: its border is padded.
 
     img_size: that sizes the table of positions.  positions: whether there is one; BEiT has none.
     class_token: whether a class token stands in front. Without it, its parameters are there and are not used: the
-    published MLA encoder has them so.
+    published MLA encoder has them so.  conv_stem: patches by `ConvPatches` instead of one convolution.
     """
 
     def __init__(
@@ -53,10 +69,11 @@ class Tokens(nn.Module):
         *,
         positions: bool = True,
         class_token: bool = True,
+        conv_stem: bool = False,
     ):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
+        self.proj = ConvPatches(in_chans, patch, dim) if conv_stem else nn.Conv2d(in_chans, dim, patch, patch)
         self.prefix = int(class_token)
         self.class_token = nn.Parameter(torch.empty(dim))
         self.class_position = nn.Parameter(torch.empty(dim)) if positions else None
@@ -77,7 +94,7 @@ class Tokens(nn.Module):
         return resize_positions(table, size)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B N c"], tuple[int, int]]:
-        check_dtype(x, self.proj.weight)
+        check_dtype(x, next(self.proj.parameters()))
         shape = self.map_size(tuple(x.shape[-2:]))
         below, right = (n * self.patch - side for n, side in zip(shape, x.shape[-2:], strict=True))
         x = self.proj(F.pad(x, (0, right, 0, below)))
@@ -145,6 +162,7 @@ class Layer(nn.Module):
 
     scale: what the factors of the two branches start from (BEiT), or None for branches without factors.
     Stochastic depth drops either branch with probability `drop_path`; `proj_drop` is the dropout of their outputs.
+    local_conv: whether a `LocalConv` of the map stands in front.
     """
 
     def __init__(
@@ -155,8 +173,10 @@ class Layer(nn.Module):
         scale: float | None = None,
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
+        local_conv: bool = False,
     ):
         super().__init__()
+        self.local = LocalConv(dim) if local_conv else None
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), attn
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim, drop=proj_drop)
         self.scale1, self.scale2 = (
@@ -166,6 +186,10 @@ class Layer(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
     def forward(self, z: Float[Tensor, "B N C"], shape: tuple[int, int]) -> Float[Tensor, "B N C"]:
+        if self.local is not None:
+            front, cells = z.split((z.shape[1] - shape[0] * shape[1], shape[0] * shape[1]), dim=1)
+            cells = self.local(rearrange(cells, "B (H W) C -> B H W C", H=shape[0])).flatten(1, 2)
+            z = torch.cat([front, cells], dim=1)
         y = self.proj_drop(self.attn(self.norm1(z), shape))
         y = z + self.drop_path(y if self.scale1 is None else self.scale1 * y)
         more = self.mlp(self.norm2(y))
@@ -177,6 +201,8 @@ class ViT(nn.Module):
 
     kind: "vit", which DeiT is too, or "beit".  img_size: (H, W) that sizes the tables; at another size they are
     resized.  class_token: whether a class token takes part (see `Tokens`); BEiT's always does.
+    conv_stem, local_convs: convolutions for the patches and in front of every layer, with which small models learn
+    within hundreds of steps.
     """
 
     def __init__(
@@ -190,6 +216,8 @@ class ViT(nn.Module):
         depth: int = 12,
         heads: int = 12,
         class_token: bool = True,
+        conv_stem: bool = False,
+        local_convs: bool = False,
         layer_scale: float | None = None,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
@@ -200,7 +228,9 @@ class ViT(nn.Module):
         img_size = core.pair("img_size", img_size)
         beit = kind == "beit"
         self.kind, self.dim, self.patch = kind, core.positive("dim", dim), core.positive("patch", patch)
-        self.embed = Tokens(img_size, in_chans, patch, dim, positions=not beit, class_token=class_token or beit)
+        self.embed = Tokens(
+            img_size, in_chans, patch, dim, positions=not beit, class_token=class_token or beit, conv_stem=conv_stem
+        )
         relative = self.embed.map_size(img_size) if beit else None
         (rates,) = drop_path_rates(drop_path_rate, (core.positive("depth", depth),))
         self.blocks = nn.ModuleList(
@@ -210,6 +240,7 @@ class ViT(nn.Module):
                 scale=layer_scale if beit else None,
                 drop_path=rate,
                 proj_drop=proj_drop,
+                local_conv=local_convs,
             )
             for rate in rates
         )

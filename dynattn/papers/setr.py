@@ -1,0 +1,78 @@
+"""SETR: the rows of its tables, the recipes of its small models."""
+
+from pathlib import Path
+
+from dynattn import cost
+from dynattn.cost import Row
+from dynattn.training import Recipe, register_recipe
+
+PUP = (
+    "The paper's number fits a classifier behind the last upsampling (variant='paper': T-Large 1081.5 and 425.2 G, "
+    "T-Base 416.2 and 169.6 G), and the arithmetic of the upsamplings. The published code has it in front: the same "
+    "logits, and less to compute."
+)
+MLA = (
+    "The paper's number fits a classifier of 1 x 1 (variant='paper': T-Large 970.8 and 368.1 G, T-Base 306.6 and "
+    "113.2 G). The published code's is 3 x 3."
+)
+TWO = (
+    "Two upsamplings of 4. The paper's parameters fit without the auxiliary heads (308.4 M); its multiply-adds fit a "
+    "classifier behind the last upsampling (989.1 G)."
+)
+BEIT = (
+    "BEiT's own encoder: tables of relative positions in every layer in the place of one of positions. The paper "
+    "prints the numbers of ViT."
+)
+CITYSCAPES, ADE20K = dict(num_classes=19, img_size=768), dict(num_classes=150, img_size=512)
+
+
+def street(published: str, model: str, note: str = "", **options) -> Row:
+    """A row of Table 3: Cityscapes."""
+    return Row(published, model, CITYSCAPES | options, size=768, note=note)
+
+
+def scene(published: str, model: str, note: str = "", **options) -> Row:
+    """A row of Table 5: ADE20K."""
+    return Row(f"{published}_ade20k", model, ADE20K | options, size=512, note=note)
+
+
+ROWS = [
+    street("setr_naive_large", "setr_naive_large"),
+    street("setr_mla_large", "setr_mla_large", MLA),
+    street("setr_pup_large", "setr_pup_large", PUP),
+    street("setr_naive_base", "setr_naive_base"),
+    street("setr_mla_base", "setr_mla_base", MLA),
+    street("setr_pup_base", "setr_pup_base", PUP),
+    street("setr_naive_base_deit", "setr_naive_base"),
+    street("setr_mla_base_deit", "setr_mla_base", MLA),
+    street("setr_pup_base_deit", "setr_pup_base", PUP),
+    street("setr_mla_large_beit", "setr_mla_large", BEIT, encoder="beit"),
+    street("setr_pup_large_beit", "setr_pup_large", BEIT, encoder="beit"),
+    street("setr_naive_large_no_aux", "setr_naive_large", aux=False),
+    street("setr_pup_2step_large", "setr_pup_large", TWO, steps=2),
+    scene("setr_naive_large", "setr_naive_large"),
+    scene("setr_pup_large", "setr_pup_large", PUP),
+    scene("setr_mla_large", "setr_mla_large", MLA),
+    scene("setr_pup_base_deit", "setr_pup_base", PUP),
+    scene("setr_mla_base_deit", "setr_mla_base", MLA),
+    scene("setr_pup_large_beit", "setr_pup_large", BEIT, encoder="beit"),
+    scene("setr_mla_large_beit", "setr_mla_large", BEIT, encoder="beit"),
+]
+
+cost.register(
+    "setr",
+    cost.Table(
+        ROWS,
+        measure="macs_fvcore",
+        column="fvcore",
+        meaning="fvcore: LayerNorm too. The paper does not say how it counts.",
+        published=Path(__file__).with_name("setr.csv"),
+    ),
+)
+
+# Objects with a photograph's texture among pieces of others; a class for each pixel.
+SCENES = dict(level="cluttered", size=64, steps=3000, batch=32, label_smoothing=0.0, task="segmentation")
+for decoder in ("naive", "pup", "mla"):
+    name = f"setr_{decoder}_mini"
+    register_recipe(name, Recipe(name, **SCENES))
+    register_recipe(f"{name}_no_aux", Recipe(name, {"aux": False}, **SCENES))
