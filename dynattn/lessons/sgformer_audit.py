@@ -46,7 +46,8 @@ def costs(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
             for j, (value, unit) in enumerate(zip(both, windows, strict=True)):
                 ax.bar(i + 0.38 * (j - 0.5), value / unit, 0.36, color=INKS[i], alpha=(0.45, 1.0)[j])
         ax.axhline(1, color=style.INK, linewidth=1)
-        ax.set_xticks(range(len(layers)), [name.replace(" of", "\nof").replace(" attention", "") for name in layers])
+        names = [name.replace(" of", "\nof").replace(" attention", "").replace("-", "-\n") for name in layers]
+        ax.set_xticks(range(len(layers)), names)
         ax.set(title=title, yscale="log")
         ax.minorticks_off()
         values = [value / unit for both in layers.values() for value, unit in zip(both, windows, strict=True)]

@@ -34,7 +34,7 @@ from dynattn.figures.tables import summary
 from dynattn.lessons import agree, begin, normal, say, source, table
 from dynattn.lessons import sgformer as lesson
 from dynattn.lessons import sgformer_audit as audit
-from dynattn.lessons.notebook import fastest, ledger, show
+from dynattn.lessons.notebook import fastest, ledger, measured, recorded, show
 from dynattn.lessons.published import deterministic, published_state
 from dynattn.mechanisms import hybrid_scale, self_guided
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention, Layout
@@ -367,6 +367,17 @@ table(("", "guided layer", *heads), rows)
 say(f"The object covers {masks.mean():.0%} of an image.")
 
 # %% [markdown]
+# `dynattn figures --paper sgformer` draws the paper's figure 2 and others with it, and measures them on more images:
+
+# %%
+figures = recorded("sgformer")
+measured({number: entry for number, entry in figures.items() if number != "receptive_fields"})
+
+# %% [markdown]
+# ![Figure 2](../../figures/sgformer_2_tokens.png)
+#
+# ![How significance comes about](../../figures/sgformer_evolving_significance.png)
+#
 # What these numbers do **not** show:
 #
 # - An object here stands out by its colour. To find it is not recognition.
