@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndynattn: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         if os.environ.get("DYNATTN_DEBUG"):
             raise
         print(f"dynattn: error: {error}", file=sys.stderr)
