@@ -53,7 +53,8 @@ ATTENTION = ("query_as_key", "conv_of", "positions")
 
 def gelu(x: Tensor) -> Tensor:
     """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which decides by itself what lies where
+    return F.gelu(x) if graph or torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 class ConvNorm(nn.Module):
