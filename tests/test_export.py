@@ -25,12 +25,9 @@ MODELS = """
     ROUTED = TINY | dict(dims=(8, 16), depths=(2, 2), heads=(2, 2), regions=3, topk=(2, 4))
     SMALL = dict(dat_mini=DAT, dgt_mini=DGT, biformer_mini=ROUTED | dict(topk=(2,)),
                  debiformer_mini=ROUTED | dict(groups=(1, 2), agent_topk=(2, 4), strides=(2, 1), kernels=(3, 3)),
-<<<<<<< HEAD
                  sgformer_mini=TINY | dict(dims=(8, 16), depths=(2, 1), heads=(2, 2), scales=((2, 1),),
-                                           rates=((4, 2),), window=4))
-=======
+                                           rates=((4, 2),), window=4),
                  hlg_mini=TINY | dict(dims=(48, 96), depths=(2, 1), heads=(2, 2), window=4))
->>>>>>> hlg
     def model(name):
         return dynattn.create_model(name, **SMALL.get(name, TINY)).eval()
     def image(*shape):
