@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndynattn: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         if os.environ.get("DYNATTN_DEBUG"):
             raise
         print(f"dynattn: error: {error}", file=sys.stderr)
@@ -454,9 +454,7 @@ def add_bench(commands) -> None:
         "A ratio of two things that are timed in turn, on the same machine, means the same on every machine.",
         "  dynattn bench\n  dynattn bench ops\n  dynattn bench cuda",
     )
-    names = (
-        "model, import, figures (in seconds), ops, routed, ranks (on the CPU), cuda (on a GPU); default: model import"
-    )
+    names = "model, hlg, import, figures (in seconds), ops, routed, ranks (CPU), cuda (on a GPU); default: model import"
     sub.add_argument("names", nargs="*", default=[], metavar="NAME", help=names)
 
 

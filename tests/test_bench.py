@@ -92,7 +92,7 @@ def test_a_group_has_many_rows_and_some_want_much(capsys, monkeypatch):
 @pytest.mark.parametrize("names", [["modle"], ["model", "gpu"]])
 def test_unknown_names(names):
     with pytest.raises(
-        ValueError, match="expected some of model, import, figures, ops, routed, ranks, cuda, got '(modle|gpu)'"
+        ValueError, match="expected some of model, import, figures, hlg, ops, routed, ranks, cuda, got '(modle|gpu)'"
     ):
         bench.main(names)
 

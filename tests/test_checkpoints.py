@@ -38,7 +38,7 @@ TABLES = tuple(
     for seed in ("", "_seed1", "_seed2")
 )
 PAPERS = (*SEEDS, *GROUPED, *BILEVEL, *BILEVEL_SEEDS, *SELF_GUIDED)
-EVERY = (*PAPERS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered", *STEPS)
+EVERY = (*PAPERS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered", *STEPS, *TABLES)
 
 
 @pytest.fixture(scope="module")

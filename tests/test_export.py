@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
-MODELS_OF_PAPERS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini", "sgformer_mini"]
+MODELS_OF_PAPERS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini", "sgformer_mini", "hlg_mini"]
 
 MODELS = """
     import io, os, sys, warnings
@@ -26,7 +26,8 @@ MODELS = """
     SMALL = dict(dat_mini=DAT, dgt_mini=DGT, biformer_mini=ROUTED | dict(topk=(2,)),
                  debiformer_mini=ROUTED | dict(groups=(1, 2), agent_topk=(2, 4), strides=(2, 1), kernels=(3, 3)),
                  sgformer_mini=TINY | dict(dims=(8, 16), depths=(2, 1), heads=(2, 2), scales=((2, 1),),
-                                           rates=((4, 2),), window=4))
+                                           rates=((4, 2),), window=4),
+                 hlg_mini=TINY | dict(dims=(48, 96), depths=(2, 1), heads=(2, 2), window=4))
     def model(name):
         return dynattn.create_model(name, **SMALL.get(name, TINY)).eval()
     def image(*shape):

@@ -322,6 +322,17 @@ def test_a_norm_of_fixed_statistics_is_part_of_its_convolution():
         assert not torch.equal(module.norm.running_mean, before) and int(module.norm.num_batches_tracked) == 2
 
 
+def test_what_is_computed_in_place_changes_nothing():
+    """Without gradients GELU takes the place of its input, which is never the model's."""
+    model, images = small(stems=2), deterministic.image(2, 64)
+    given, slow = images.clone(), model(images).detach()
+    torch.testing.assert_close(answer(model), slow)
+    assert torch.equal(answer(model), answer(model))
+    with torch.no_grad():
+        model(images)
+    assert torch.equal(images, given)
+
+
 def test_checkpointing_of_hlg_changes_no_gradient():
     images, slopes = deterministic.image(2, 64), []
     for enable in (False, True):

@@ -180,6 +180,17 @@ def test_torchmetrics_may_be_missing(monkeypatch):
     monkeypatch.setattr("dynattn.dense.metrics.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'dynattn\[vision\]'"):
         intersection_over_union([(torch.zeros(1, 1).long(),) * 2], 1)
+    with pytest.raises(ImportError, match="mean IoU is torchmetrics' work"):
+        class_maps(np.zeros(1, dtype=int), np.zeros((1, 2, 2), dtype=bool))  # before anything is trained
+
+
+def test_a_missing_package_is_told_in_a_line(monkeypatch, capsys):
+    def train(**options):
+        raise ImportError("mean IoU is torchmetrics' work")
+
+    monkeypatch.setattr("dynattn.training.train", train)
+    assert cli.main(["train", "setr_pup_mini"]) == 2
+    assert capsys.readouterr().err == "dynattn: error: mean IoU is torchmetrics' work\n"
 
 
 def test_a_model_is_measured_on_images(capsys):

@@ -35,6 +35,8 @@ SMALL = [
     "debiformer_tiny",
     "sgformer_mini",
     "sgformer_small",
+    "hlg_mini",
+    "hlg_mobile",
 ]
 PYRAMIDS = [name for name in SMALL if name != "vit_mini"]
 SIDE = 96  # of images where a test does not need the model's own size

@@ -298,7 +298,16 @@ def test_transforms_add_nothing_to_the_sums():
 # ---------------------------------------------------------------------------------------------------- without numbers
 
 
-MINIS = ["dat_mini", "dgt_mini", "swin_mini", "vit_mini", "biformer_mini", "debiformer_mini", "sgformer_mini"]
+MINIS = [
+    "dat_mini",
+    "dgt_mini",
+    "swin_mini",
+    "vit_mini",
+    "biformer_mini",
+    "debiformer_mini",
+    "sgformer_mini",
+    "hlg_mini",
+]
 
 
 @pytest.mark.parametrize("name", MINIS)

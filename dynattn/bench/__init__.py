@@ -3,6 +3,7 @@
 model     a multiply-add of dat_tiny beside one of timm's Swin-T: forward, 8 images of 224 x 224, two threads
 import    `import dynattn` beside `import torch`, each in a new process
 figures   `dynattn figures`, in seconds
+hlg       a multiply-add of hlg_small beside one of Swin-T
 ops       the kernels beside the torch forms and the loops: time, and memory; and as a share of torch.mm's rate
 routed    the same of routed attention, and a multiply-add of BiFormer and DeBiFormer beside one of Swin-T
 ranks     aggregation by rank beside the torch form, and a multiply-add of SG-Former beside one of Swin-T
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -57,6 +59,7 @@ BENCHMARKS = {
     "model": Benchmark("multiply-add of dat_tiny / of timm's Swin-T", model, 1.25),
     "import": Benchmark("import dynattn / import torch", imports, 1.3),
     "figures": Benchmark("dynattn figures", figures, 180, "s"),
+    "hlg": Benchmark("multiply-add of hlg_small / of timm's Swin-T", partial(model_over_swin, "hlg_small", 5), 1.3),
 }
 GROUPS = {"ops": lambda: deformable.rows() | grouped.rows(), "routed": routed.rows, "ranks": aggregation.rows}
 TABLES = {"cuda": cuda.main}  # with a table of their own

@@ -328,7 +328,7 @@ def table_caption(
         said = paper[label] - paper[labels[0]]
         differences.append(f"{label}: {100 * apart:+.1f} ± {100 * error:.1f} (the paper: {said:+.1f})")
         decided += [label] * (abs(apart) > 2 * error)
-    told = f"{', '.join(decided)} differ by more than two standard errors" if decided else "none is beyond two errors"
+    told = f"beyond two standard errors: {', '.join(decided)}" if decided else "none is beyond two standard errors"
     n, count = compared_here.images
     meaning = {
         "auc": "AUC: significance that hybrid-scale layers would hand on, mean over the layers",
@@ -336,7 +336,7 @@ def table_caption(
     }[kind]
     return (
         f"Networks at {picture.shape[0]} × {picture.shape[1]} of seeds {compared_here.seeds}: "
-        f"{sweep.errors_of(compared_here)}. Accuracy: {first.n} test images; difference to {labels[0]} in points: "
+        f"{sweep.errors_of(compared_here)}. Accuracy: {first.n} test images; difference to the first in points: "
         f"{'; '.join(differences) or 'there is one only'}: {told}. {meaning}, {count} test images. "
         f"Photographs: {picture.name}, first layer, seed {compared_here.stories[0]['seed']}."
     )

@@ -51,6 +51,12 @@ VARIANTS = {
 ATTENTION = ("query_as_key", "conv_of", "positions")
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get."""
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which decides by itself what lies where
+    return F.gelu(x) if graph or torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class ConvNorm(nn.Module):
     """A convolution and its batch norm: (B, H, W, C) to (B, h, w, out).
 
@@ -95,7 +101,7 @@ class Stem(nn.Module):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         check_dtype(x, self.convs[0].conv.weight)
         for conv in self.convs:
-            x = F.gelu(conv(x))
+            x = gelu(conv(x))
         return x
 
 
@@ -113,7 +119,7 @@ class DWMlp(nn.Module):
         self.reduce = nn.Conv2d(wide, out, 1)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
-        x = F.gelu(self.depthwise(F.gelu(self.expand(x))))
+        x = gelu(self.depthwise(gelu(self.expand(x))))
         if self.se is not None:
             x = rearrange(self.se(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
         return F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias)
@@ -194,7 +200,7 @@ class HLGLayer(nn.Module):
             x = core.pad_map(x, core.padding_to(shape, (self.pad, self.pad)))
         if self.smooth is not None:
             reduce, conv, expand = self.smooth
-            x = F.gelu(x + expand(F.gelu(conv(F.gelu(reduce(x))))))
+            x = gelu(x + expand(gelu(conv(gelu(reduce(x))))))
         x = self.attn(x)
         return x if self.pad is None else core.crop(x, shape)
 

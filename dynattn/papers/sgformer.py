@@ -55,10 +55,10 @@ RATES = ((16, 8, 8, 4), (8, 4, 4, 2))  # few tokens: 36 of 256 and 18 of 64
 scales = {"hybrid": ((4, 1), (2, 1)), "local": ((1,), (1,)), "global": ((4,), (2,))}
 for kind, s in scales.items():  # Table 6 in small: the scales of all blocks, without guidance
     options = SMALL | {"rates": RATES, "guided": False, "scales": s}
-    register_recipe(f"sgformer_scales_{kind}", Recipe("sgformer_mini", options, size=64))
+    register_recipe(f"sgformer_scales_{kind}", Recipe("sgformer_mini", options, size=64), seeds=[0, 1, 2])
 for kind in ("constant", "local", "global", "hybrid"):  # Table 7 in small: what guides
     options = SMALL | {"rates": RATES, "guidance": kind}
-    register_recipe(f"sgformer_guidance_{kind}", Recipe("sgformer_mini", options, size=64))
+    register_recipe(f"sgformer_guidance_{kind}", Recipe("sgformer_mini", options, size=64), seeds=[0, 1, 2])
 # How the significance comes about: the same widths at 128 pixels, after some steps.
 options = SMALL | {"window": 8}
 register_recipe("sgformer_evolving", Recipe("sgformer_mini", options), seeds=[0], keep=[0, 25, 50, 100, 200])

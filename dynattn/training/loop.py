@@ -191,13 +191,13 @@ def take_step(
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     images, truth = (part[share] for part in draw_batch(train_set, recipe, seed, step, accelerator.device))
     torch.manual_seed(mix(seed, DROPPING, step, accelerator.process_index))
-    plain = accelerator.unwrap_model(model)
-    loss, accuracy = TASKS[recipe.task].loss(model, plain, images, truth, recipe.label_smoothing)
+    unwrapped = accelerator.unwrap_model(model)
+    loss, accuracy = TASKS[recipe.task].loss(model, unwrapped, images, truth, recipe.label_smoothing)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if after_step := getattr(plain, "after_step", None):
+    if after_step := getattr(unwrapped, "after_step", None):
         after_step(recipe.pace * learning_rate(recipe, step))
     return torch.stack([loss.detach(), accuracy, norm])
 

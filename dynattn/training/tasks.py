@@ -28,9 +28,8 @@ class Task:
     """A kind of prediction.
 
     classes: their names.  truth(labels, masks): what is to be predicted, from what the data set says of its images.
-    loss(model, plain, images, truth, smoothing): the loss and the accuracy of a batch; `plain` is the model without
-    wrappers.  evaluate(model, images, truth): what was measured on all of them, by name, and first among it the measure
-    that counts.
+    loss(model, unwrapped, images, truth, smoothing): the loss and the accuracy of a batch.
+    evaluate(model, images, truth): what was measured on all of them, by name, the measure that counts first.
     """
 
     classes: tuple[str, ...]
@@ -54,7 +53,11 @@ def batches(
 
 
 def classify(
-    model: nn.Module, plain: nn.Module, images: Float[Tensor, "b 3 H W"], labels: Int[Tensor, " b"], smoothing: float
+    model: nn.Module,
+    unwrapped: nn.Module,
+    images: Float[Tensor, "b 3 H W"],
+    labels: Int[Tensor, " b"],
+    smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and accuracy of a batch."""
     logits = model(images)
@@ -90,10 +93,10 @@ def class_maps(labels: Int[np.ndarray, " n"], masks: Bool[np.ndarray, "n H W"]) 
 
 
 def segment(
-    model: nn.Module, plain: nn.Module, images: Float[Tensor, "b 3 H W"], maps: Tensor, smoothing: float
+    model: nn.Module, unwrapped: nn.Module, images: Float[Tensor, "b 3 H W"], maps: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of pixels, with that of the auxiliary heads, and the share of pixels that are right."""
-    maps, weight = maps.long(), getattr(plain, "aux_weight", None)
+    maps, weight = maps.long(), getattr(unwrapped, "aux_weight", None)
     logits, others = (model(images), []) if weight is None else model(images, aux=True)
     loss = F.cross_entropy(logits, maps, label_smoothing=smoothing)
     for other in others:
