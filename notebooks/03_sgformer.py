@@ -236,7 +236,8 @@ say(lesson.in_words(found))
 
 # %% [markdown]
 # Nothing in training asks for this: only the class is taught, and a network may learn it either way. Nor do these numbers
-# show that it needs its $S$. The paper's Table 7 asks that, with other maps in the place of $S$.
+# show that it needs its $S$. The paper's Table 7 asks that, with other maps in the place of $S$; the
+# [gallery](../figures/README.md) has this table in small.
 #
 # ## 13. Exercises
 #
