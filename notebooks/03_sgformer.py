@@ -193,7 +193,8 @@ lesson.gradient()
 
 # %% [markdown]
 # So what is made of $S$ teaches $S$ nothing. It "evolves" because its queries and keys learn to serve their own layer.
-# That it becomes useful for the next layer is luck, or a habit of attention.
+# That it becomes useful for the next layer is luck, or a habit of attention. The [gallery](../figures/README.md) shows how
+# it comes about in training.
 #
 # ## 10. Ranks flip
 #

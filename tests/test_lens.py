@@ -261,6 +261,7 @@ def test_a_page_has_one_key_for_each_token(merging):
     assert sorted(of_key) == list(range(merged.max() + 1))
     weight = rows["weight"][: merged.max() + 1] * (rows["scale"][0] / 65535)
     assert weight == pytest.approx(record.weights(0)[0][of_key].numpy(), abs=1e-5 * float(rows["scale"][0]))
+    assert page.pack_rows(merging[HYBRID])["weight"].dtype == np.uint16  # whose heads merge otherwise
 
 
 def test_words_say_what_is_seen(lens):
