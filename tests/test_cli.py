@@ -279,7 +279,7 @@ def test_a_wrong_command_is_told(arguments, told, capsys):
 def test_a_paper_that_is_not_registered_is_told(capsys):
     for command, known in (
         ("figures", "'dat', 'debiformer', 'dgt'"),
-        ("table", "'biformer', 'dat', 'debiformer', 'dgt', 'sgformer'"),
+        ("table", "'biformer', 'dat', 'debiformer', 'dgt', 'setr', 'sgformer'"),
     ):
         assert cli.main([command, "--paper", "cat"]) == 2
         assert f"paper: expected one of {known}, got 'cat'" in capsys.readouterr().err
