@@ -25,7 +25,7 @@ from .subjects import RANDOM, SEED, Picture, Subject, random_twin, with_statisti
 from .tables import ALL, Measure, at, joined, summary
 
 # Test images, chosen for a spread of classes and backgrounds, not by what a model makes of them.
-TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25, 10), (7,), (7, 19, 22)
+TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25), (7,), (7, 19, 22)
 BESIDE, FIELDS_BESIDE = ("biformer_mini", "debiformer_mini"), ("biformer_mini", "debiformer_mini", "swin_mini")
 WRITTEN = {"sgformer": "SG-Former", "biformer": "BiFormer", "debiformer": "DeBiFormer", "swin": "Swin"}
 TWINS = 3  # random networks
