@@ -25,7 +25,7 @@ from .subjects import RANDOM, SEED, Picture, Subject, random_twin, with_statisti
 from .tables import ALL, Measure, at, joined, summary
 
 # Test images, chosen for a spread of classes and backgrounds, not by what a model makes of them.
-TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25), (7,), (7, 19, 22)
+TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25, 10, 1, 22), (7,), (7, 19, 22)
 BESIDE, FIELDS_BESIDE = ("biformer_mini", "debiformer_mini"), ("biformer_mini", "debiformer_mini", "swin_mini")
 WRITTEN = {"sgformer": "SG-Former", "biformer": "BiFormer", "debiformer": "DeBiFormer", "swin": "Swin"}
 TWINS = 3  # random networks
@@ -128,7 +128,7 @@ def reallocation(setting: Setting) -> Drawing:
             draw_layer(row[1 + 3 * k :], picture, *guided(t)[i])
     marks = regions_key(max(int(record.regions.max()) + 1 for _, record in shown))
     style.scale(sheet, style.HEAT, ["least", "most"], "significance", left=1.5, width=1.4)
-    style.key(sheet, [*marks, *object_key(pictures)], centre=0.63)
+    style.key(sheet, [*marks, *object_key(pictures)], centre=0.64)
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
@@ -171,7 +171,7 @@ def draw_tokens(ax: Axes, record: Record) -> None:
 
 def regions_key(count: int) -> list:
     """What the colours of sub-regions mean."""
-    names = ["most significant", *[""] * (count - 2), "least"]
+    names = ["most", *[""] * (count - 2), "least"]
     return [(style.mark("s", colour, 13), name) for colour, name in zip(REGIONS, names[:count], strict=False)]
 
 
