@@ -118,7 +118,7 @@ def test_the_table_beside_the_paper(unchecked):
     rows = {row["name"]: row for row in cost.table("setr")}
     for name, row in rows.items():
         printed, ours = float(row["paper_params_M"]), row["params"] / 1e6
-        assert abs(ours - printed) < 1.6 or name == "setr_pup_2step_large"
+        assert abs(ours - printed) < (2.2 if "beit" in name else 1.1) or name == "setr_pup_2step_large"
         assert row["macs"] / 1e9 == pytest.approx(float(row["paper_macs_G"]), rel=0.005) or row["note"]
     assert [round(rows[f"setr_naive_{size}"]["macs_fvcore"] / 1e9) for size in ("large", "base")] == [960, 296]
     assert round(rows["setr_naive_large_ade20k"]["macs_fvcore"] / 1e9) == 363
