@@ -238,7 +238,7 @@ def window_embedding(
 
 
 def bias_of_windows(network: core.DisplacementBias, layout: Layout, positions: str, like: Tensor) -> Tensor:
-    """B_G (1, h, L, N): the bias of every cell and every window, at the cell's displacement from where the window is."""
+    """B_G (1, h, L, N): the bias of every cell and every window, at the displacement from where the window is."""
     (I, J), (Ri, Rj), W = layout.grid, layout.sides, layout.shape[1]
     n = torch.arange(I * J, device=like.device)
     if positions == "released":
@@ -355,7 +355,7 @@ class LocalGlobalRecord(tracing.Record):
 
     kind = "local_global"
 
-    def __init__(self, layer: LocalGlobalAttention, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
+    def __init__(self, layer: nn.Module, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
         (q, k, v, z), (query, k_g, v_g, y) = maps, (t[0] for t in read)
         self.query_shape, self.heads, self.exact = layout.shape, layer.heads, not layer.local
         self.everywhere, self.local = core.attention_weights(query, k_g, bias[0], layer.scale), None
@@ -368,7 +368,9 @@ class LocalGlobalRecord(tracing.Record):
             self.z, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
             self.z = self.z + y
             inside = [rearrange(layout.cut(t[:1]), "n T (h d) -> n h T d", h=self.heads) for t in (q, k)]
-            weights = core.attention_weights(*inside, layout.bias(layer.local_table(layout, y.device), q, 1), layer.scale)
+            weights = core.attention_weights(
+                *inside, layout.bias(layer.local_table(layout, y.device), q, 1), layer.scale
+            )
             local = weights.new_zeros(self.heads, len(cells) + 1, len(cells) + 1)
             local[:, places[:, :, None], places[:, None, :]] = weights.transpose(0, 1)
             self.local = local[:, 1:, 1:]

@@ -269,9 +269,7 @@ class SETRPupHLG(nn.Module):
         core.one_of("aux_stage", aux_stage, tuple(range(1, count + 1)))
         core.one_of("fuse_stage", how["fuse_stage"], tuple(range(1, count + 1)))
         self.num_features = self.head_hidden_size = dims[count - 1]
-        self.feature_info = [
-            info | dict(module=f"backbone.{info['module']}") for info in self.backbone.feature_info
-        ]
+        self.feature_info = [info | dict(module=f"backbone.{info['module']}") for info in self.backbone.feature_info]
         self.norms = nn.ModuleList(nn.LayerNorm(wide, eps=1e-6) for wide in dims[: count - 1])
         groups = how["groups"] and core.positive("groups", how["groups"])
         side = core.positive("decoder_window", how["decoder_window"])
@@ -445,9 +443,7 @@ def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
     names = {96: "setr_pup_hlg_medium" if deep > 6 else "setr_pup_hlg_small", 128: "setr_pup_hlg_large"}
     if wide not in names:
         raise ValueError(f"state_dict: a SETR-PUP-HLG that is none of the published ones: {wide} channels in stage 1")
-    found |= dict(
-        num_classes=len(state["decode_head.conv_seg.weight"]), aux="auxiliary_head.conv_seg.weight" in state
-    )
+    found |= dict(num_classes=len(state["decode_head.conv_seg.weight"]), aux="auxiliary_head.conv_seg.weight" in state)
     own = dict(depths=(2, 2, 6, 2), stems=1, num_classes=150, aux=True) | build_of(names[wide])[1]
     return names[wide], {key: found[key] for key in ("num_classes", "depths", "stems", "aux") if found[key] != own[key]}
 
