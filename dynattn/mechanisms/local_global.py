@@ -190,9 +190,8 @@ def local_attention(
     """Every query reads the tokens of its window: neighbours, or with `dilated` every D-th token of the map.
 
     Shapes: q, k, v (B, h, H W, d), row-major, of a map of `query_shape`; table (h, 2R - 1, 2R - 1) or None: the bias
-    by displacement, counted in places of the window. window: R. D is ceil(H / R), and ceil(W / R) in columns.
-    `scale` None is d^-0.5. Returns (B, h, H W, d). Raises TypeError, ValueError on wrong arguments.
-    Source: HLG equation 5, the second term; figure 4.
+    by displacement, counted in places of the window. window: R. D is ceil(H / R), in columns ceil(W / R). `scale` None
+    is d^-0.5. Returns (B, h, H W, d). Raises TypeError, ValueError on wrong arguments. Source: HLG-5, figure 4.
     """
     H, W = core.pair("query_shape", query_shape)
     R = core.positive("window", window)
@@ -253,12 +252,11 @@ def bias_of_windows(network: core.DisplacementBias, layout: Layout, positions: s
 class LocalGlobalAttention(nn.Module):
     """Local, then global attention, each beside an identity: (B, H, W, C) to the same, for any H and W.
 
-    dim, heads: C and the heads.  window: R.  dilated: dilated windows in place of plain ones.  local: without it global
+    dim, heads: C and the heads.  window: R.  dilated: dilated windows, not plain ones.  local: without it global
     attention alone (Table 14).  query_as_key: K_W is Q_W, as published, or has W_K.  conv_of: the convolution of HLG-9
     reads the local "attention", behind a LayerNorm, as published, or its "values".  positions: where B_G takes a window
-    to be: at its "centre", or as "released": window n at cell n of the map.  embedding: of windows, "mean", "max" or
-    "conv" (Table 12).  attn_drop, proj_drop: shares of weights and of the projection's output that training drops.
-    drop_path: stochastic depth of the global branch.
+    to be: at its "centre", or, as "released", at cell n of the map.  embedding: of windows, "mean", "max", "conv"
+    (Table 12).  attn_drop, proj_drop, drop_path: what training drops of weights, the projection, the global branch.
     """
 
     implementation, forms = "auto", tuple(local_attention.forms)  # see `dynattn.use_implementation`
