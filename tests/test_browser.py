@@ -294,7 +294,10 @@ def test_a_click_shows_the_tokens_that_cells_became(page, tmp_path):
         page.mouse.move(*panel.at(1, 1))
         tip = panel.figure.locator(".lens-tip")
         tip.wait_for(state="visible")
-        assert tip.inner_text() == f"weight {tokens.weight[at]:.3g}, a token of {tokens.size[at]} cells"
+        weight, size = tip.inner_text().removeprefix("weight ").split(", ")
+        assert size == f"a token of {tokens.size[at]} cells"
+        fine = dict(rel=0.01, abs=1e-4 * tokens.weight[0])  # the page keeps parts of the heaviest weight
+        assert float(weight) == pytest.approx(tokens.weight[at], **fine)
 
 
 def test_images_of_other_sizes_follow_one_click(page, tmp_path):
