@@ -553,3 +553,20 @@ class DisplacementBias(nn.Module):
         table = rearrange(self.layers(pairs), "I J h -> h I J")
         # Many places read one entry, and its gradients are summed in this dtype.
         return table.to(torch.promote_types(table.dtype, torch.float32))
+
+    def of_map(
+        self,
+        shape: tuple[int, int],
+        keys: tuple[Int[Tensor, " N"], Int[Tensor, " N"]],
+        last: tuple[int, int],
+        start: tuple[float, float],
+    ) -> Float[Tensor, "h L N"]:
+        """The bias of every cell of a map and every key, which is at `start` plus these rows and columns of cells.
+
+        last: the largest row and column of the keys.
+        """
+        cells = [torch.arange(side, device=keys[0].device)[:, None] for side in shape]
+        apart = [torch.arange(-end, side, device=keys[0].device) for end, side in zip(last, shape, strict=True)]
+        table = self(apart[0] - start[0], apart[1] - start[1])
+        i, j = (cell - key + end for cell, key, end in zip(cells, keys, last, strict=True))
+        return table[:, i[:, None], j[None]].flatten(1, 2)

@@ -84,7 +84,7 @@ def _kind(value: object) -> str:
 
 def identify(state: dict[str, Tensor]) -> tuple[str, dict]:
     """The name and arguments for `create_model` that fit published entries. Raises ValueError when none does."""
-    for mark, recognise in IDENTIFIERS.items():
+    for mark, recognise in reversed(IDENTIFIERS.items()):  # a model around another one is registered after it
         if mark in state:
             try:
                 return recognise(state)

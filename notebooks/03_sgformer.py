@@ -26,7 +26,7 @@ from dynattn.lessons import sgformer as lesson, begin, judge, normal, rearrange,
 #
 # **Predict first.** The query stands in the background, at the red star. What does it read? Then look. In the two
 # layers of `sgformer_mini` a colour is one merged token, over all cells that became it. Point at a cell: its token is
-# framed. Then click somewhere else.
+# framed.
 
 # %%
 lesson.question()
@@ -202,7 +202,7 @@ lesson.gradient()
 # %% [markdown]
 # So what is made of $S$ teaches $S$ nothing. It "evolves" because all that stands before it learns: queries, keys,
 # Merge, earlier layers, each for its own output. Whether it helps the next layer is not trained, and has to be
-# measured.
+# measured. The [gallery](../figures/README.md) shows how it comes about.
 #
 # ## 10. Ranks flip
 #
@@ -210,7 +210,7 @@ lesson.gradient()
 # [audit](audit/03_sgformer.ipynb) shows it for SG-Former-S with random weights.
 #
 # **Turn it.** How small must the noise be for the ranks to stay? And what if we hand the network the ranks that it had
-# without noise? Compare the two lines.
+# without noise?
 
 # %%
 lesson.flips()
@@ -248,7 +248,8 @@ say(lesson.need_in_words(lesson.need()))
 # %% [markdown]
 # Nothing in training asks for this: only the class is taught, and a network may learn it either way. Does a network
 # need its self-guided layers? The last lines put one number in the place of $S$, and zeros in the place of their
-# output. Such a small network on such images says nothing about SG-Former on ImageNet: see the paper's Table 7.
+# output. Such a small network on such images says nothing about SG-Former on ImageNet: see the paper's Table 7,
+# and, in small, the [gallery](../figures/README.md).
 #
 # ## 13. Exercises
 #

@@ -294,10 +294,9 @@ def test_a_click_shows_the_tokens_that_cells_became(page, tmp_path):
         page.mouse.move(*panel.at(1, 1))
         tip = panel.figure.locator(".lens-tip")
         tip.wait_for(state="visible")
-        weight, size = tip.inner_text().removeprefix("weight ").split(", ")
+        said, _, size = tip.inner_text().removeprefix("weight ").partition(", ")
         assert size == f"a token of {tokens.size[at]} cells"
-        fine = dict(rel=0.01, abs=1e-4 * tokens.weight[0])  # the page keeps parts of the heaviest weight
-        assert float(weight) == pytest.approx(tokens.weight[at], **fine)
+        assert float(said) == pytest.approx(tokens.weight[at], rel=5e-3, abs=1e-5 * tokens.weight[0])
 
 
 def test_images_of_other_sizes_follow_one_click(page, tmp_path):

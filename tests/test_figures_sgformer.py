@@ -97,7 +97,7 @@ def layer(values: tuple[float, ...], random: float, other: float) -> Measure:
         (
             (0.3, 0.7),
             0.5,
-            ["in 1 of 2", "wrong way round in 1: there the object is least", "every seed has at least 0.30"],
+            ["in 1 of 2", "wrong way round in 1: there the object is less", "every seed has at least 0.30"],
         ),
         ((0.8,), 0.5, ["by layer: 0.80;", "finds the object in 1 of 1 (more than every random network, and 0.05 more"]),
     ],

@@ -11,6 +11,7 @@ from dynattn import core, ops, tracing
 from dynattn.mechanisms.local_global import (
     Layout,
     LocalGlobalAttention,
+    bias_of_windows,
     local_attention_loops,
     place_loops,
     window_embedding_loops,
@@ -261,7 +262,7 @@ def test_positions_of_windows_as_released_and_at_their_centres():
     assert not torch.allclose(released(x), centre(x))
     for module in (released, centre):
         like = torch.zeros(1, dtype=torch.float64)
-        found = module.read_windows(Layout((6, 6), 3, False), like)[0]
+        found = bias_of_windows(module.global_bias, Layout((6, 6), 3, False), module.positions, like)[0]
         torch.testing.assert_close(found, global_bias(module, (6, 6)))
 
 

@@ -414,7 +414,7 @@ def test_a_run_logs_and_reaches_mean_iou(tmp_path, monkeypatch):
 
 def test_recipes_of_the_small_models():
     """With and without auxiliary heads, all on the cluttered level."""
-    names = {f"setr_{decoder}_mini{end}" for decoder in ("naive", "pup", "mla") for end in ("", "_no_aux")}
+    names = {f"setr_{decoder}_mini{end}" for decoder in ("naive", "pup", "mla", "pup_hlg") for end in ("", "_no_aux")}
     assert names <= set(recipes())
     for name in names:
         recipe = get_recipe(name)

@@ -99,12 +99,13 @@ def test_channels_of_mla():
 
 
 def test_numbers_that_the_paper_prints():
-    """Every row of Tables 3 and 5 that is SETR's has our model beside it. MLA-BEiT has 368 G, not Table 5's 318."""
+    """Every row of Tables 3, 5 and 6 that is SETR's has a model beside it. MLA-BEiT: 368 G, not Table 5's 318."""
     table = cost.tables()["setr"]
     with table.published.open(newline="") as file:
         said = {row["model"]: row for row in csv.DictReader(file)}
-    assert set(said) == {row.published for row in table.rows} and len(said) == 20
-    assert {row.model for row in table.rows} == set(NAMES)
+    assert set(said) == {row.published for row in table.rows} and len(said) == 26
+    hlg = {f"setr_pup_hlg_{size}" for size in ("small", "medium", "large")}
+    assert {row.model for row in table.rows} == set(NAMES) | hlg
     for row in table.rows:
         assert said[row.published]["resolution"] == str(row.size) == str(row.options["img_size"])
         assert said[row.published]["task"] == {19: "cityscapes", 150: "ade20k"}[row.options["num_classes"]]
@@ -118,7 +119,7 @@ def test_the_table_beside_the_paper(unchecked):
     rows = {row["name"]: row for row in cost.table("setr")}
     for name, row in rows.items():
         printed, ours = float(row["paper_params_M"]), row["params"] / 1e6
-        assert abs(ours - printed) < 1.6 or name == "setr_pup_2step_large"
+        assert abs(ours - printed) < (2.2 if "beit" in name else 1.1) or name == "setr_pup_2step_large"
         assert row["macs"] / 1e9 == pytest.approx(float(row["paper_macs_G"]), rel=0.005) or row["note"]
     assert [round(rows[f"setr_naive_{size}"]["macs_fvcore"] / 1e9) for size in ("large", "base")] == [960, 296]
     assert round(rows["setr_naive_large_ade20k"]["macs_fvcore"] / 1e9) == 363

@@ -2,9 +2,10 @@
 
 from dynattn.dense.inference import SCALES, measure, predict
 from dynattn.dense.metrics import intersection_over_union
-from dynattn.dense.setr import MapHead, MultiLevelHead, ProgressiveHead, resize
+from dynattn.dense.setr import ConvHead, MapHead, MultiLevelHead, ProgressiveHead, resize
 
 __all__ = [
+    "ConvHead",
     "MapHead",
     "MultiLevelHead",
     "ProgressiveHead",

@@ -98,6 +98,21 @@ class MapHead(Head):
         return self.classifier(x)
 
 
+class ConvHead(Head):
+    """3 x 3, batch norm, ReLU, classifier: (B, in_chans, h, w) to (B, num_classes, h, w). The auxiliary head of HLG.
+
+    channels: between the two convolutions.
+    """
+
+    def __init__(self, in_chans: int, num_classes: int, *, channels: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(*convolution(in_chans, core.positive("channels", channels), 3, bias=False))
+        self.classifier = nn.Conv2d(channels, core.positive("num_classes", num_classes), 1)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K h w"]:
+        return self.classifier(self.layers(x))
+
+
 class MultiLevelHead(Head):
     """Multi-level aggregation: maps (B, in_chans[i], h, w), the shallowest first, to (B, num_classes, H, W).
 

@@ -150,8 +150,8 @@ def gradients(measures: Sequence[Measure]) -> str:
     nulls = [f"null {one.other:.2f}" for one in measures[half:]]
     late = listed([f"{a} with {b} ({c})" for a, b, c in zip(values[half:], names, nulls, strict=False)])
     return (
-        f"Grad-CAM has {early} on the object in the first stage; in the last stage, as is usual, {late}. Large dots "
-        "and bold numbers are of the networks that are drawn. "
+        f"Grad-CAM, mean of the seeds, has {early} in the first stage; in the last stage, where it is usually taken, "
+        f"{late}. Large dots and bold numbers are of the networks that are drawn. "
     )
 
 
@@ -168,8 +168,8 @@ def first_stage(maps: ClassMaps, pictures: Sequence[Picture], title: str, verdic
     else:
         measures, tables, said = maps.on_photograph(0), {}, ""
     caption = (
-        f"HiResCAM for {maps.classes(pictures)} at the output of the first stage, which has mixed "
-        f"the least of the map. {said}{maps.weights()}{conditions(setting, pictures, measures)}"
+        f"HiResCAM for {maps.classes(pictures)} at the output of the first stage. Numbers: the share of a map "
+        f"that lies on the object. {said}{maps.weights()}{conditions(setting, pictures, measures)}"
     )
     rows, alone = ["photograph", *maps.names], len(pictures) == 1
     beside_it = {"column_labels": rows} if alone else {"row_labels": rows}

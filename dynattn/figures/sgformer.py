@@ -25,7 +25,7 @@ from .subjects import RANDOM, SEED, Picture, Subject, random_twin, with_statisti
 from .tables import ALL, Measure, at, joined, summary
 
 # Test images, chosen for a spread of classes and backgrounds, not by what a model makes of them.
-TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25, 10), (7,), (7, 19, 22)
+TOKENS_OF, MAPS_OF, SWEEP_OF, EVOLVING_OF = (7, 19, 1), (8, 7, 19, 13, 25, 10, 1, 22), (7,), (7, 19, 22)
 BESIDE, FIELDS_BESIDE = ("biformer_mini", "debiformer_mini"), ("biformer_mini", "debiformer_mini", "swin_mini")
 WRITTEN = {"sgformer": "SG-Former", "biformer": "BiFormer", "debiformer": "DeBiFormer", "swin": "Swin"}
 TWINS = 3  # random networks
@@ -74,7 +74,7 @@ def guided(t: Trace) -> list[tuple[Record, Record]]:
 def stage_of(record: Record) -> str:
     """The map of a layer, by its stage and block in words."""
     words = record.name.split(".")
-    return f"stage {int(words[1]) + 1}, block {words[3]}" if words[:1] == ["stages"] else record.name
+    return f"stage {int(words[1]) + 1}, block {int(words[3]) + 1}" if words[:1] == ["stages"] else record.name
 
 
 def drawn_layers(t: Trace) -> list[int]:
@@ -112,14 +112,14 @@ def reallocation(setting: Setting) -> Drawing:
         ]
     shown = [guided(traces[0])[i] for i in drawn_layers(traces[0])]
     caption = (
-        f"Significance of {' and of '.join(before.name for before, _ in shown)}, clear (least) to yellow (largest); "
+        f"{', then '.join(stage_of(before) for before, _ in shown).capitalize()}: the significance that it hands on; "
         f"the sub-regions of the next layer, {rates_in_words([record for _, record in shown])}; and of every "
         f"sub-region one token, the last by rank: all of its cells. {said}"
         f"{conditions(setting, pictures, measures)}"
     )
     columns = ["photograph"]
-    for before, _ in shown:
-        columns += [stage_of(before).partition(",")[0], "sub-regions", "tokens"]
+    for _ in shown:
+        columns += ["significance", "sub-regions", "one token each"]
     options = dict(aspect=aspect_of(pictures), together=3, column_labels=columns)
     sheet = style.sheet(len(pictures), len(columns), PLANS[2].title, caption, compared(measures), **options)
     for row, picture, t in zip(sheet.panels, pictures, traces, strict=True):
@@ -127,7 +127,8 @@ def reallocation(setting: Setting) -> Drawing:
         for k, i in enumerate(drawn_layers(t)):
             draw_layer(row[1 + 3 * k :], picture, *guided(t)[i])
     marks = regions_key(max(int(record.regions.max()) + 1 for _, record in shown))
-    style.key(sheet, [*marks, *object_key(pictures)])
+    style.scale(sheet, style.HEAT, ["least", "most"], "significance", left=1.5, width=1.4)
+    style.key(sheet, [*marks, *object_key(pictures)], centre=0.64)
     return Drawing(sheet.figure, caption, pictures, measures, [setting.subject.story], networks)
 
 
@@ -170,7 +171,7 @@ def draw_tokens(ax: Axes, record: Record) -> None:
 
 def regions_key(count: int) -> list:
     """What the colours of sub-regions mean."""
-    names = ["most significant", *["next"] * (count - 2), "least significant"]
+    names = ["most", *[""] * (count - 2), "least"]
     return [(style.mark("s", colour, 13), name) for colour, name in zip(REGIONS, names[:count], strict=False)]
 
 
@@ -198,12 +199,14 @@ def verdict(measures: Sequence[Measure]) -> str:
     """Whether significance finds the object, of every layer and seed, beside the nulls.
 
     measures: the AUC of every layer. It finds the object where it is `BEYOND` above another image's mask and above all
-    random networks; where it is as much below that mask, the object is least significant.
+    random networks; where it is as much below both, it is the wrong way round.
     """
     values = np.array([of_seeds(measure) for measure in measures])  # by layer and seed
     other = np.array([[measure.other] for measure in measures])
     random = np.array([[max(measure.random.values())] for measure in measures])
-    found, reverse = (values >= other + BEYOND) & (values > random), values <= other - BEYOND
+    lowest = np.array([[min(measure.random.values())] for measure in measures])
+    found = (values >= other + BEYOND) & (values > random)
+    reverse = (values <= other - BEYOND) & (values < lowest)
     count = values.shape[1]
     words = "; ".join(", ".join(f"{value:.2f}" for value in of_layer) for of_layer in values)
     order = f"by layer, of {count} seeds each" if count > 1 else "by layer"
@@ -214,7 +217,7 @@ def verdict(measures: Sequence[Measure]) -> str:
         f"{BEYOND} more than the mask)"
     )
     if reverse.any():
-        text += f", and is the wrong way round in {reverse.sum()}: there the object is least significant"
+        text += f", and is the wrong way round in {reverse.sum()}: there the object is less significant than the rest"
     if count > 1:
         text += f". The best layer of every seed has at least {values.max(axis=0).min():.2f}"
     return f"{text}. "
@@ -370,8 +373,9 @@ def evolving(setting: Setting) -> Drawing:
     accuracies = [accuracy_of(setting, step, one.model, n) for step, one in networks.items()]
     significance = [[auc_at(table, step, layer) for step, table in tables.items()] for layer in layers]
     caption = (
-        f"{layers[0].name} of one network while it learns, significance from clear to yellow (largest). The map "
-        f"has no gradient: it changes only as the weights of queries and keys do. {evolving_in_words(significance)}"
+        f"Significance of {stage_of(layers[0])} of one network while it learns, from clear (least) to yellow. The "
+        "map has no gradient: it changes because the layer's input and the weights of its queries, keys and Merge do. "
+        f"{evolving_in_words(significance)}One network of one seed. "
         f"Bars: standard errors over {n} (accuracy) and {count} test images. Before the first step batch norms have "
         f"the statistics of {len(setting.few)} images. Weights: {last.story['file']}, seed {last.story['seed']}, at "
         f"{pictures[0].shape[0]} × {pictures[0].shape[1]}. Test images "

@@ -9,9 +9,9 @@ window, and everybody reads everything:
     S_i[k] = sum_q A_i[q, k],   S = sum_i S_i                                    the significance of a token     SG-5
 
 Merge is a convolution of stride s_j, and nothing for s_j = 1. A merged token hands its significance to all its cells.
-By SG-5 as printed ("sum") a scale weighs s^2 times as much as no merging. The published code ("mean") takes means over
-queries and heads, so that scales weigh the same; here each has a mean of 1, without which at other sizes of the map one
-would fade. The significance has no gradient: tokens are sorted by it (`self_guided.py`). Ledger: papers/sgformer.toml.
+By SG-5 as printed ("sum") the map of scale s has s^2 times the mean of one that is not merged. The published code takes
+means over queries and heads ("mean"). Here both maps then have a mean of 1, or nearly where s does not divide the map;
+otherwise one would fade. The significance has no gradient: tokens are sorted by it. Ledger: papers/sgformer.toml.
 Beside the letters of `core`: u, w row and column of a merged token; S significance.
 """
 

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 
 from dynattn import core, tracing
 
-EMBEDDINGS = ("mean", "max", "conv")
-CONV_OF = ("attention", "values")
-POSITIONS = ("released", "centre")
+EMBEDDINGS, CONV_OF, POSITIONS = ("mean", "max", "conv"), ("attention", "values"), ("released", "centre")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Loops
@@ -90,9 +88,14 @@ class Layout:
     dilated: bool
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of a window: R."""
+        return self.window, self.window
+
+    @property
     def padding(self) -> tuple[int, int]:
         """Rows and columns that are added at the bottom and right."""
-        return core.padding_to(self.shape, (self.window, self.window))
+        return core.padding_to(self.shape, self.sides)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -104,12 +107,16 @@ class Layout:
         """Whether no window has padding."""
         return all(core.surely(more == 0) for more in self.padding)
 
-    def windows(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "B I J R R C"]:
+    @property
+    def axes(self) -> tuple[str, dict[str, int]]:
+        """The axes of a map in windows, for einops, and their lengths."""
+        lengths = dict(zip(("I", "J", "wi", "wj"), (*self.grid, *self.sides), strict=True))
+        return "B (wi I) (wj J) C" if self.dilated else "B (I wi) (J wj) C", lengths
+
+    def windows(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "B I J wi wj C"]:
         """A view of the windows of a map, with zeros where there is padding."""
-        x, (I, J), R = core.pad_map(x, self.padding), self.grid, self.window
-        if self.dilated:
-            return rearrange(x, "B (wi I) (wj J) C -> B I J wi wj C", wi=R, I=I, wj=R, J=J)
-        return rearrange(x, "B (I wi) (J wj) C -> B I J wi wj C", wi=R, I=I, wj=R, J=J)
+        axes, lengths = self.axes
+        return rearrange(core.pad_map(x, self.padding), f"{axes} -> B I J wi wj C", **lengths)
 
     def cut(self, x: Num[Tensor, "B H W C"]) -> Num[Tensor, "n T C"]:
         """The tokens of every window."""
@@ -117,9 +124,8 @@ class Layout:
 
     def join(self, x: Num[Tensor, "n T C"]) -> Num[Tensor, "B H W C"]:
         """The inverse of `cut`."""
-        (I, J), R = self.grid, self.window
-        order = "B (wi I) (wj J) C" if self.dilated else "B (I wi) (J wj) C"
-        x = rearrange(x, f"(B I J) (wi wj) C -> {order}", wi=R, I=I, wj=R, J=J)
+        axes, lengths = self.axes
+        x = rearrange(x, f"(B I J) (wi wj) C -> {axes}", **lengths)
         return x if self.whole else core.crop(x, self.shape)
 
     def inside(self, device: torch.device) -> Bool[Tensor, "windows T"] | None:
@@ -132,7 +138,7 @@ class Layout:
         """What is added to the logits in the windows of so many images: B_W, and -inf at keys that are padding."""
         bias, inside = None, self.inside(like.device)
         if table is not None:
-            rows, cols = core.relative_index((self.window, self.window))
+            rows, cols = core.relative_index(self.sides)
             # In float32 or better: many places read one entry, and its gradients are summed in this dtype.
             bias = table.to(torch.promote_types(table.dtype, torch.float32))[None, :, rows, cols].to(like.dtype)
         if inside is not None:
@@ -150,9 +156,9 @@ def local_attention_torch(q, k, v, table, shape, window, dilated, scale):
     return core.split_heads(layout.join(rearrange(z, "n h T d -> n T (h d)")), h)
 
 
-def window_embedding_torch(x, weight, bias, window, dilated, by):
-    """Z_G of HLG-6, from a view of the windows; padding counts for nothing."""
-    layout = Layout(tuple(x.shape[1:3]), window, dilated)
+def window_embedding_torch(x, weight, bias, window, dilated, by, layout=None):
+    """Z_G of HLG-6, from a view of the windows, or of those of another layout; padding counts for nothing."""
+    layout = layout or Layout(tuple(x.shape[1:3]), window, dilated)
     windows, inside = layout.windows(x), layout.inside(x.device)
     if by == "conv":
         return torch.einsum("bijuwc,cuw->bijc", windows, weight).flatten(1, 2) + bias
@@ -160,7 +166,7 @@ def window_embedding_torch(x, weight, bias, window, dilated, by):
         tokens = rearrange(windows, "B I J wi wj C -> B (I J) (wi wj) C")
         return (tokens if inside is None else tokens.masked_fill(~inside[..., None], -torch.inf)).amax(2)
     total = windows.sum(dim=(3, 4), dtype=torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)
-    return (total / (window**2 if inside is None else inside.sum(1)[:, None])).to(x.dtype)
+    return (total / (windows[0, 0, 0, ..., 0].numel() if inside is None else inside.sum(1)[:, None])).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,9 +190,8 @@ def local_attention(
     """Every query reads the tokens of its window: neighbours, or with `dilated` every D-th token of the map.
 
     Shapes: q, k, v (B, h, H W, d), row-major, of a map of `query_shape`; table (h, 2R - 1, 2R - 1) or None: the bias
-    by displacement, counted in places of the window. window: R. D is ceil(H / R), and ceil(W / R) in columns.
-    `scale` None is d^-0.5. Returns (B, h, H W, d). Raises TypeError, ValueError on wrong arguments.
-    Source: HLG equation 5, the second term; figure 4.
+    by displacement, counted in places of the window. window: R. D is ceil(H / R), in columns ceil(W / R). `scale` None
+    is d^-0.5. Returns (B, h, H W, d). Raises TypeError, ValueError on wrong arguments. Source: HLG-5, figure 4.
     """
     H, W = core.pair("query_shape", query_shape)
     R = core.positive("window", window)
@@ -231,15 +236,27 @@ def window_embedding(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def bias_of_windows(network: core.DisplacementBias, layout: Layout, positions: str, like: Tensor) -> Tensor:
+    """B_G (1, h, L, N): the bias of every cell and every window, at the displacement from where the window is."""
+    (I, J), (Ri, Rj), W = layout.grid, layout.sides, layout.shape[1]
+    n = torch.arange(I * J, device=like.device)
+    if positions == "released":
+        row, col, last, start = n // W, n % W, ((I * J - 1) // W, core.smaller(I * J, W) - 1), (0, 0)
+    elif layout.dilated:  # the mean place of its cells
+        row, col, last, start = n // J, n % J, (I - 1, J - 1), (I * (Ri - 1) / 2, J * (Rj - 1) / 2)
+    else:
+        row, col, last, start = n // J * Ri, n % J * Rj, ((I - 1) * Ri, (J - 1) * Rj), ((Ri - 1) / 2, (Rj - 1) / 2)
+    return network.of_map(layout.shape, (row, col), last, start)[None].to(like.dtype)
+
+
 class LocalGlobalAttention(nn.Module):
     """Local, then global attention, each beside an identity: (B, H, W, C) to the same, for any H and W.
 
-    dim, heads: C and the heads.  window: R.  dilated: dilated windows in place of plain ones.  local: without it global
+    dim, heads: C and the heads.  window: R.  dilated: dilated windows, not plain ones.  local: without it global
     attention alone (Table 14).  query_as_key: K_W is Q_W, as published, or has W_K.  conv_of: the convolution of HLG-9
     reads the local "attention", behind a LayerNorm, as published, or its "values".  positions: where B_G takes a window
-    to be: at its "centre", or as "released": window n at cell n of the map.  embedding: of windows, "mean", "max" or
-    "conv" (Table 12).  attn_drop, proj_drop: the shares of weights and of what the projection puts out that training
-    drops.  drop_path: stochastic depth of the global branch.
+    to be: at its "centre", or, as "released", at cell n of the map.  embedding: of windows, "mean", "max", "conv"
+    (Table 12).  attn_drop, proj_drop, drop_path: what training drops of weights, the projection, the global branch.
     """
 
     implementation, forms = "auto", tuple(local_attention.forms)  # see `dynattn.use_implementation`
@@ -273,10 +290,8 @@ class LocalGlobalAttention(nn.Module):
         self.embed = nn.Conv2d(dim, dim, window, window, groups=dim) if embedding == "conv" else None
         self.global_bias = core.DisplacementBias(dim, heads)
         if local:
-            self.local_bias, self.conv = (
-                core.DisplacementBias(dim, heads),
-                nn.Conv2d(dim, dim, 3, padding=1, groups=dim),
-            )
+            self.local_bias = core.DisplacementBias(dim, heads)
+            self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.conv_norm = nn.LayerNorm(dim, eps=1e-6) if conv_of == "attention" else nn.Identity()
         self.proj_drop = nn.Dropout(core.rate("proj_drop", proj_drop))
         self.drop_path = DropPath(core.rate("drop_path", drop_path))
@@ -287,33 +302,16 @@ class LocalGlobalAttention(nn.Module):
             return core.dense_attention_torch(q, k, v, bias, self.scale, self.attn_drop)
         return core.dense_attention.forms.run(self.implementation, q, k, v, bias, self.scale)
 
-    def local_table(self, device: torch.device) -> Float[Tensor, "h I J"]:
+    def local_table(self, layout: Layout, device: torch.device) -> Float[Tensor, "h I J"]:
         """B_W by displacement, in places of the window."""
-        apart = torch.arange(1 - self.window, self.window, device=device)
-        return self.local_bias(apart, apart)
+        return self.local_bias(*(torch.arange(1 - side, side, device=device) for side in layout.sides))
 
     def read_window(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Float[Tensor, "B H W C"]:
         """The second term of HLG-5, of maps (B, H, W, C); where keys are queries both are moved once."""
         by_head = lambda x: rearrange(layout.cut(x), "n T (h d) -> n h T d", h=self.heads)  # noqa: E731
-        queries, bias = by_head(q), layout.bias(self.local_table(q.device), q, q.shape[0])
+        queries, bias = by_head(q), layout.bias(self.local_table(layout, q.device), q, q.shape[0])
         z = self.attend(queries, queries if k is q else by_head(k), by_head(v), bias)  # HLG-5
         return layout.join(rearrange(z, "n h T d -> n T (h d)"))
-
-    def read_windows(self, layout: Layout, like: Tensor) -> Float[Tensor, "1 h L N"]:
-        """B_G: the bias of every cell and every window, at the cell's displacement from where the window is."""
-        (H, W), (I, J), R = layout.shape, layout.grid, self.window
-        n = torch.arange(I * J, device=like.device)
-        if self.positions == "released":
-            row, col, last, start = n // W, n % W, ((I * J - 1) // W, core.smaller(I * J, W) - 1), (0, 0)
-        else:  # the mean place of its cells
-            step, far = (1, (I, J)) if self.dilated else (R, (1, 1))
-            row, col, last = n // J * step, n % J * step, ((I - 1) * step, (J - 1) * step)
-            start = tuple(apart * (R - 1) / 2 for apart in far)
-        apart = [torch.arange(-end, side, device=like.device) for end, side in zip(last, (H, W), strict=True)]
-        table = self.global_bias(apart[0] - start[0], apart[1] - start[1])
-        i, j = (torch.arange(side, device=like.device)[:, None] for side in (H, W))
-        table = table[:, (i - row + last[0])[:, None], (j - col + last[1])[None]]  # (h, H, W, N)
-        return table.flatten(1, 2)[None].to(like.dtype)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         core.bind(x=(x, f"B H W {self.dim}"))
@@ -328,7 +326,7 @@ class LocalGlobalAttention(nn.Module):
         how = self.window, self.dilated, self.embedding
         g = self.embed_norm(window_embedding.forms.run(self.implementation, x, *kernel, *how))
         k_g, v_g = (rearrange(f(g), "B N (h d) -> B h N d", h=self.heads) for f in (self.k, self.v))  # HLG-6, HLG-8
-        query, bias = q, self.read_windows(layout, q)
+        query, bias = q, bias_of_windows(self.global_bias, layout, self.positions, q)
         if self.local:
             context = self.conv_norm(z if self.conv_of == "attention" else v)
             query = q + rearrange(self.conv(rearrange(context, "B H W C -> B C H W")), "B C H W -> B H W C")  # HLG-9
@@ -355,7 +353,7 @@ class LocalGlobalRecord(tracing.Record):
 
     kind = "local_global"
 
-    def __init__(self, layer: LocalGlobalAttention, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
+    def __init__(self, layer: nn.Module, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
         (q, k, v, z), (query, k_g, v_g, y) = maps, (t[0] for t in read)
         self.query_shape, self.heads, self.exact = layout.shape, layer.heads, not layer.local
         self.everywhere, self.local = core.attention_weights(query, k_g, bias[0], layer.scale), None
@@ -368,7 +366,9 @@ class LocalGlobalRecord(tracing.Record):
             self.z, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
             self.z = self.z + y
             inside = [rearrange(layout.cut(t[:1]), "n T (h d) -> n h T d", h=self.heads) for t in (q, k)]
-            weights = core.attention_weights(*inside, layout.bias(layer.local_table(y.device), q, 1), layer.scale)
+            weights = core.attention_weights(
+                *inside, layout.bias(layer.local_table(layout, y.device), q, 1), layer.scale
+            )
             local = weights.new_zeros(self.heads, len(cells) + 1, len(cells) + 1)
             local[:, places[:, :, None], places[:, None, :]] = weights.transpose(0, 1)
             self.local = local[:, 1:, 1:]

@@ -10,7 +10,7 @@ less significant, the larger r_i. All tokens of the map ask, and read what is le
 
 Tokens that become one are neighbours in rank, not on the map. A sub-region that its rate does not divide begins with
 copies of its least significant token. Sorting has no gradient: the layer before learns nothing from what is made of its
-significance. The text projects X before it aggregates; the published code aggregates first.
+significance. SG-1 aggregates X, then projects, as the published code does; the prose may also mean the other order.
 The two differ by biases only, since F_i and the projections act on different axes. Ledger: papers/sgformer.toml.
 Beside the letters of `core`:
 

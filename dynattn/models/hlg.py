@@ -125,6 +125,18 @@ class DWMlp(nn.Module):
         return F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias)
 
 
+class Smooth(nn.ModuleList):
+    """Three convolutions, of which the one in the middle mixes places, beside an identity: (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int):
+        narrow = dim // 4
+        super().__init__(ConvNorm(*size) for size in ((dim, narrow, 1), (narrow, narrow, 3), (narrow, dim, 1)))
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        reduce, conv, expand = self
+        return gelu(x + expand(gelu(conv(gelu(reduce(x))))))
+
+
 class FullAttention(nn.Module):
     """Attention of every token to every token, whose output is normed, beside an identity: (B, H, W, C) to the same.
 
@@ -188,8 +200,7 @@ class HLGLayer(nn.Module):
         self.down = (
             nn.Identity() if whole else nn.Sequential(ConvNorm(channels, dim, 3, stride, groups=channels), nn.GELU())
         )
-        narrow = [(dim, dim // 4, 1), (dim // 4, dim // 4, 3), (dim // 4, dim, 1)]
-        self.smooth = nn.ModuleList(ConvNorm(*size) for size in narrow) if smooth else None
+        self.smooth = Smooth(dim) if smooth else None
         self.attn = attn
         self.proj_drop, self.drop_path = nn.Dropout(proj_drop), DropPath(drop_path)
 
@@ -199,8 +210,7 @@ class HLGLayer(nn.Module):
         if self.pad is not None:
             x = core.pad_map(x, core.padding_to(shape, (self.pad, self.pad)))
         if self.smooth is not None:
-            reduce, conv, expand = self.smooth
-            x = gelu(x + expand(gelu(conv(gelu(reduce(x))))))
+            x = self.smooth(x)
         x = self.attn(x)
         return x if self.pad is None else core.crop(x, shape)
 

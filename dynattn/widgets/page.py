@@ -141,9 +141,10 @@ def pack_rows(record: Record, merged: Int[np.ndarray, " S"] | None = None) -> di
     """Every query's keys in every head, row after row: head 0's queries, head 1's, ...
 
     merged: the token of every cell, where all heads read the same tokens. Then each token has one key, on the first of
-    its cells: rows are shorter. Where any head reads tokens, weights are finer, since the order of tokens is shown.
+    its cells: rows are shorter.
     position (P, 2): all positions that are read, x and y. For each row: count, of its keys; scale, the weight of its
-    heaviest. For each key: step, from the position before it to its own; weight, in 255ths of the scale, or 65535ths.
+    heaviest. For each key: step, from the position before it to its own; weight, in 255ths of the scale. Where cells
+    became tokens it is in 65535ths, since the order of the tokens is shown.
     """
     (H, W), (height, width) = record.query_shape, record.stride
     # The first pixel of each cell: the centre of the last one may lie outside the image.
@@ -162,7 +163,7 @@ def pack_rows(record: Record, merged: Int[np.ndarray, " S"] | None = None) -> di
     step[first] = which[first]
     scale = np.full(len(rows), np.finfo(np.float32).tiny, dtype=np.float32)
     np.maximum.at(scale, row_of, weight)
-    finest = np.uint8 if all(record.merged(m) is None for m in range(record.heads)) else np.uint16
+    finest = np.uint8 if all(record.merged(head) is None for head in range(record.heads)) else np.uint16
     share = weight / scale[row_of] * np.iinfo(finest).max
     return {
         "position": position,
