@@ -1,9 +1,8 @@
 # %% [markdown]
 # # SG-Former: few tokens where little is to be seen
 #
-# *SG-Former: Self-guided Transformer with Evolving Token Reallocation*, Ren et al., ICCV. A lesson of less than an hour.
-# The [audit](audit/03_sgformer.ipynb) has what this page leaves out: the ledger, the equality with the published code,
-# all tables, the kernels.
+# *SG-Former: Self-guided Transformer with Evolving Token Reallocation*, Ren et al., ICCV. A lesson of less than an
+# hour. The [audit](audit/03_sgformer.ipynb) has what this page leaves out.
 
 # %%
 import torch
@@ -15,37 +14,43 @@ from dynattn.lessons import sgformer as lesson, begin, judge, normal, rearrange,
 #
 # Every token of an image asks: *where is something that I need?* It compares its **query** with the **keys** of other
 # tokens, and takes a weighted mean of their **values**. Keys are expensive. So make fewer of them: merge many tokens
-# into one. But which?
+# into one. But which? Three small networks answer, all trained alike, to name shapes that are drawn on photographs.
+# `sgformer_mini` has both layers of SG-Former.
 #
 # | layer | what a query may read |
 # | --- | --- |
 # | dense (`vit_mini`) | every token |
 # | window (`swin_mini`) | the tokens of its own window |
-# | hybrid-scale (SG-Former) | merged squares of a window. Other heads have other squares |
-# | self-guided (SG-Former) | merged groups: large ones where little is to be seen, small ones where it matters |
+# | hybrid-scale (`sgformer_mini`) | merged squares of a window. Other heads have other squares |
+# | self-guided (`sgformer_mini`) | merged groups: large ones where little is to be seen, small ones where it matters |
 #
 # **Predict first.** The query stands in the background, at the red star. What does it read? Then look. In the two
-# layers of SG-Former a colour is one merged token, over all cells that became it. Point at a cell: its token is framed.
-# Then click somewhere else.
+# layers of `sgformer_mini` a colour is one merged token, over all cells that became it. Point at a cell: its token is
+# framed.
 
 # %%
 lesson.question()
 
 # %% [markdown]
-# In the hybrid-scale layer a token is a square. In the self-guided layer its cells are scattered. Why?
+# In the hybrid-scale layer a token is a square. In the self-guided layer its cells are scattered. Why? And the
+# self-guided layer reads all of its tokens nearly alike. What decides is how many cells share one.
 #
 # ## 2. Notation
 #
 # - *The paper* means the text. *The published code* means the authors' program. They differ in places: see the audit.
-#   Both layers below follow the text. Its formulas are lost in our copy, and rebuilt from its prose.
-# - $X$: a map of $N$ tokens with $C$ channels. A token of the map is a **cell**. $M$ is the side of a window.
+#   Both layers below follow equations SG-1 to SG-5. Their formulas are lost in our copy, and rebuilt from the prose,
+#   which may also be read as "project first, then aggregate": they differ by biases only.
+# - $X$: a map of $N$ tokens with $C$ channels. A token of the map is a **cell**. $M$ is the side of a window. $d$: the
+#   channels of a head.
 # - $s_j$: the **scale** of group $j$ of heads: it merges squares of $s_j \times s_j$ cells.
 # - $S$: the **significance**, a number for every cell.
-# - $r_i$: the **rate** of **sub-region** $i$: how many cells become one token there. $F_i$: its weights. IAM: all of this.
+# - $r_i$, $F_i$: the **rate** of **sub-region** $i$, how many cells become one token there, and the weights that make
+#   it. (In sections 4 and 5 $i$ counts heads.) IAM, importance guided aggregation module: sort, cut, merge.
 #
 # ## 3. Hybrid-scale attention
 #
-# This is all of it, with the significance that it finds on its way. The cell asserts that the library computes the same.
+# This is all of it, with the significance that it finds on its way. The cell asserts that the library computes the
+# same.
 
 
 # %%
@@ -74,10 +79,10 @@ assert all(map(torch.allclose, hybrid_layer(x, hybrid, h=2, M=2), hybrid(x)))
 # $$A_i = \text{softmax}\left(P(Q_i) P(K_i)^\top / \sqrt{d}\right),\quad h_i = A_i P(V_i) \tag{SG-4}$$
 #
 # Head $i$ is in group $j$. Merge is a convolution of stride $s_j$; for $s_j = 1$ there is none. $P$ cuts the map:
-# windows of $s_j M \times s_j M$ queries read windows of $M \times M$ merged tokens. So a query reads as many keys at all
-# scales, and a larger scale reaches farther, with less detail.
+# windows of $s_j M \times s_j M$ queries read windows of $M \times M$ merged tokens. So a query reads the same number
+# of keys at every scale, and a larger scale reaches farther, with less detail.
 #
-# **Turn it.** Change $s$: what stays the same, what grows? When does one window hold the whole map? Make $M$ smaller.
+# **Turn it.** Change $s$: what stays the same, what grows? When does one window hold the whole map?
 
 # %%
 lesson.scales()
@@ -100,23 +105,25 @@ lesson.scales()
 lesson.significance()
 
 # %% [markdown]
-# The mean alone decides nothing: a constant changes no order. What counts is how much a map varies.
+# Neither the mean nor the spread of a map decides alone: a rank compares two cells. In the first layer the large scale
+# gives nearly all of its attention to few cells, and puts them in front. Among the many others, to which it gives
+# almost nothing, the small scale decides.
 #
 # ## 6. Self-guided attention
 #
-# This is all of it. Two assertions: the library computes the same; and with a rate of one, where nothing is merged, the
-# layer is dense attention, in whatever order.
+# This is all of it. Two assertions: the library computes the same; and with a rate of one, and $F$ set to leave a cell
+# as it is, the layer is dense attention, whatever the order.
 
 
 # %%
-def guided_layer(x, S, net, M, rates):  # M: heads
+def guided_layer(x, S, net, heads, rates):
     order = S.flatten(1).argsort(dim=1, stable=True)  # least significant first
     X = x.flatten(1, 2)[torch.arange(len(x))[:, None], order]
     tokens = []
     for X_i, F_i, r in zip(X.chunk(len(rates), dim=1), net.f, rates):
         tokens.append(F_i(rearrange(X_i, "B (G r) C -> B G C r", r=r))[..., 0])  # SG-2
     k, v = net.project(torch.cat(tokens, dim=1)).unbind(dim=2)  # SG-1
-    q, k, v = (rearrange(t, "B n (M d) -> B M n d", M=M) for t in (net.q(x).flatten(1, 2), k, v))
+    q, k, v = (rearrange(t, "B n (h d) -> B h n d", h=heads) for t in (net.q(x).flatten(1, 2), k, v))
     z = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v  # SG-1
     return net.proj(core.merge_heads(z, x.shape[1:3]))
 
@@ -146,9 +153,9 @@ assert torch.allclose(same(x, S), same.proj(core.merge_heads(ops.dense_attention
 lesson.tokens()
 
 # %% [markdown]
-# The drawing is a cartoon. Sub-regions lie together where significance does. The cells of a token follow each other in
-# *rank*: on the map they are scattered, and may belong to things that have nothing in common. With one number for all
-# cells the order is that of rows, and tokens are stripes.
+# The drawing is schematic. A sub-region is in few pieces where significance is smooth. The cells of a token follow each
+# other in *rank*: on the map they are scattered. With one number for all cells the order is that of rows, and tokens
+# are stripes.
 #
 # ## 8. Paint the significance
 #
@@ -159,8 +166,8 @@ lesson.tokens()
 lesson.paint()
 
 # %% [markdown]
-# A cell that rises pushes others down, wherever they are. How little the answer moves says something about this network,
-# which is small: the class of a large, plain object does not hang on one layer's tokens.
+# A cell that rises pushes others down, wherever they are. The answer moves little here. One reason: these layers read
+# all tokens nearly alike, as the last numbers say, so a change of one layer's tokens changes a mean a little.
 #
 # ## 9. A block, and what cannot learn
 #
@@ -168,8 +175,8 @@ lesson.paint()
 # $$X'' = X' + \text{FFN}(\text{LN}(X')) \tag{SG-7}$$
 #
 # Hybrid-scale and self-guided blocks take turns, and each $S$ goes to the next block only. The paper says that the
-# significance "evolves itself during training". Does training see what is made of $S$? The library cuts $S$ off from the
-# gradient, as the published code does. The cut costs nothing: ranks are whole numbers.
+# significance "evolves itself during training". Does training see what is made of $S$? The library cuts $S$ off from
+# the gradient, as the published code does. The cut costs nothing: ranks are whole numbers.
 #
 # **Turn it.** Below, the significance of one cell grows, from below all others to above. Move it. Where is there a
 # slope? Then take a rate of one, for all cells.
@@ -186,36 +193,38 @@ pair, image = lesson.network().stages[0].blocks, normal(1, 32, 32, 32).float()
 y, S = block(image, pair[0])
 assert torch.allclose(block(y, pair[1], S)[0], pair[1](*pair[0](image, None))[0])
 (slope,) = torch.autograd.grad(y.square().sum(), pair[0].attn.groups[0].q.weight)
-say(f"S has a gradient: {S.requires_grad}. The queries' weights have one, by their own output: {slope.norm():.2g}.")
+own = f"The weights of the queries that made it have one, through their own layer's output: {slope.norm():.2g}."
+say(f"S requires a gradient: {S.requires_grad}. {own}")
 
 # %%
 lesson.gradient()
 
 # %% [markdown]
-# So what is made of $S$ teaches $S$ nothing. It "evolves" because its queries and keys learn to serve their own layer.
-# That it becomes useful for the next layer is luck, or a habit of attention. The [gallery](../figures/README.md) shows how
-# it comes about in training.
+# So what is made of $S$ teaches $S$ nothing. It "evolves" because all that stands before it learns: queries, keys,
+# Merge, earlier layers, each for its own output. Whether it helps the next layer is not trained, and has to be
+# measured. The [gallery](../figures/README.md) shows how it comes about.
 #
 # ## 10. Ranks flip
 #
-# Ranks jump, so a very small change of the image may make a larger one of the logits. Even rounding does: the
-# [audit](audit/03_sgformer.ipynb) shows how far the published model's logits move in `float32`.
+# Ranks jump, so a very small change of the image may make a larger one of the logits. Even rounding may: the
+# [audit](audit/03_sgformer.ipynb) shows it for SG-Former-S with random weights.
 #
-# **Turn it.** How small may the noise be until ranks stay? And what if we hand the network the ranks that it had without
-# noise? Compare the two lines.
+# **Turn it.** How small must the noise be for the ranks to stay? And what if we hand the network the ranks that it had
+# without noise?
 
 # %%
 lesson.flips()
 
 # %% [markdown]
-# With the ranks given the change follows the noise. So compare such layers in `float64`, or block by block with the ranks
-# given.
+# With the ranks given the change follows the noise. So compare such layers in `float64`, or block by block with the
+# ranks given.
 #
 # ## 11. What it costs
 #
-# Windows, and so hybrid-scale layers, grow with $N$. A self-guided layer reads a fixed *share* of the cells.
+# Windows, and so hybrid-scale layers, grow with $N$. (In the published code the largest scale has no windows and grows
+# with $N^2$.) A self-guided layer reads a fixed *share* of the cells.
 #
-# **Turn it.** Which rates make it cheaper than windows, and up to which map? How do the tokens grow?
+# **Turn it.** Which rates make it cheaper than windows, and up to which map?
 
 # %%
 lesson.cost()
@@ -226,18 +235,21 @@ lesson.cost()
 # ## 12. Does it do what the paper says?
 #
 # The paper says: "SG-Former reallocates more tokens at salient regions like the dog and fewer tokens at minor regions
-# like the wall". We measure the AUC of significance: the chance that a cell on the object has a higher one than a cell
-# off it. There are two nulls: random weights, and the mask of another image.
+# like the wall". We can ask this of our own small network only: `sgformer_mini`, taught the class of drawn shapes, with
+# three seeds. We measure the AUC of significance: the chance that a cell on the object has a higher one than a cell off
+# it. There are two nulls: random weights, and the mask of another image.
 
 # %%
 found = lesson.verdict()
 lesson.draw_verdict(found)
 say(lesson.in_words(found))
+say(lesson.need_in_words(lesson.need()))
 
 # %% [markdown]
-# Nothing in training asks for this: only the class is taught, and a network may learn it either way. Nor do these numbers
-# show that it needs its $S$. The paper's Table 7 asks that, with other maps in the place of $S$; the
-# [gallery](../figures/README.md) has this table in small.
+# Nothing in training asks for this: only the class is taught, and a network may learn it either way. Does a network
+# need its self-guided layers? The last lines put one number in the place of $S$, and zeros in the place of their
+# output. Such a small network on such images says nothing about SG-Former on ImageNet: see the paper's Table 7,
+# and, in small, the [gallery](../figures/README.md).
 #
 # ## 13. Exercises
 #
@@ -251,16 +263,16 @@ say(f"Largest change of the output: {moved[0]:.1g} for 3S + 1, {moved[1]:.1g} fo
 # %% [markdown]
 # <details><summary>An answer</summary>
 #
-# Only the order counts. $S$ is positive, so the first two keep it. The last one turns it round: the object gets the
-# coarse tokens.
+# Only the order counts. $S$ is positive, so the first two keep it. The last one turns it round: the most significant
+# cells get the coarse tokens.
 #
 # </details>
 #
-# **Implement.** Write `aggregate_tokens(x, order, weight, bias, sizes, rates)`. `x` is (B, N, C). `order` is (B, N): the
-# cells, least significant first. `sizes` and `rates`: of each sub-region. `weight` is (R,): the weights of $F_1$, then
-# those of $F_2$, and so on. `bias` has one number for each sub-region. Where a rate does not divide a size, copies of the
-# sub-region's first token stand in front. Return (B, G, C). `verify.check` compares it with the loops, outputs and
-# gradients, and names the mistake if it knows it.
+# **Implement.** Write `aggregate_tokens(x, order, weight, bias, sizes, rates)`. `x` is (B, N, C). `order` is (B, N):
+# the cells, least significant first. `sizes` and `rates`: of each sub-region. `weight` is (R,): the weights of $F_1$,
+# then those of $F_2$, and so on. `bias` has one number for each sub-region. A size may be 0: it gives no token. Where a
+# rate does not divide a size, as many copies of the sub-region's first token as are missing stand in front. Return (B,
+# G, C). `verify.check` compares it with the loops, outputs and gradients.
 
 
 # %%
@@ -292,7 +304,7 @@ judge("aggregate_tokens", aggregate_tokens)
 #
 # <details><summary>An answer</summary>
 #
-# It gets its token's gradient times its weight in $F_1$: it is never cut off, only mixed with others. A loss on $S$ could
-# teach it, if $S$ were not detached: $S$ is a sum of softmaxes, which is smooth. Only sorting is not.
+# It gets its token's gradient times its weight in $F_1$: it is never cut off, only mixed with others. A loss on $S$
+# could teach it, if $S$ were not detached: $S$ is a sum of softmaxes, which is smooth. Only sorting is not.
 #
 # </details>

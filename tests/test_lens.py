@@ -239,7 +239,8 @@ def test_the_lens_says_and_draws_the_tokens(merging, monkeypatch):
     lens = Lens(merging, layer=GUIDED, head=0, row=40, col=30)
     tokens = lens._panels[0].read(40, 30, GUIDED, 0).tokens
     first, fifth = tokens.weight[0], tokens.weight[4]
-    said = f"{len(tokens.number)} tokens, liked most: orange {first:.3g} ({tokens.size[0]} cell"
+    n, alike = len(tokens.number), 1 / len(tokens.number)
+    said = f"{n} tokens, {alike:.3g} each if all were alike; read most: orange {first:.3g} ({tokens.size[0]} cell"
     assert said in repr(lens) and f"purple {fifth:.3g} ({tokens.size[4]} cell" in repr(lens)
     layers = lens.scene[0]["layers"]
     assert layers[1]["tokens"] == [merging[GUIDED].tokens.tolist()] * 2

@@ -1,5 +1,7 @@
 """The lesson on SG-Former: its pictures at the ends of their controls, and the code of its page."""
 
+from copy import deepcopy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,6 +100,47 @@ def test_a_map_can_be_given_to_a_layer():
     assert torch.equal(trace(model, x)[GUIDED].tokens, record.tokens)
 
 
+def test_all_guided_layers_are_changed_at_once():
+    """Zeros are what a network without these layers' attention gives; and the network is as it was."""
+    model, x = lesson.network(), lesson.picture(BIRD).x
+    without = deepcopy(model)
+    for module in without.modules():
+        if isinstance(module, SelfGuidedAttention):
+            torch.nn.init.zeros_(module.proj.weight), torch.nn.init.zeros_(module.proj.bias)
+    with torch.no_grad(), lesson.changed(model, lesson.silent):
+        assert torch.allclose(model(x[None]), without(x[None]), atol=1e-6)
+    with lesson.changed(model, lesson.guiding(lambda name, S: torch.ones_like(S))):
+        tokens = [record.tokens for record in trace(model, x).of_kind("self_guided")]
+    for order, record in zip(tokens, trace(model, x).of_kind("self_guided"), strict=True):
+        assert torch.equal(order.unique_consecutive(), torch.arange(order.max() + 1))  # the order of rows
+        assert not torch.equal(record.tokens, order)
+
+
+def test_the_need_goes_where_the_numbers_go():
+    numbers = {"as it is": (0.9, 0), "one number": (0.8, -0.1), "zeros": (0.95, 0.05)}
+    rows = [
+        dict(network=network, layers=what, accuracy=accuracy, more=more, error=error)
+        for network, error in (("seed 0", 0.02), ("seed 4", 0.04))
+        for what, (accuracy, more) in numbers.items()
+    ]
+    words = lesson.need_in_words(pd.DataFrame(rows))
+    assert "| one number | 80.0% (-10.0 ± 2.0) | 80.0% (-10.0 ± 4.0) |" in words
+    assert "with one number, 2 of 2 networks are worse and 0 better; with zeros, 0 of 2 networks are worse" in words
+    assert words.endswith("and 1 better.")
+
+
+def test_perplexity_is_the_count_of_a_plain_mean():
+    plain, one = torch.full((2, 3, 4), 0.25), torch.eye(4)[None]
+    assert lesson.perplexity(plain) == pytest.approx(4) and lesson.perplexity(one) == pytest.approx(1)
+
+
+def test_rates_of_the_tokens_are_the_trained_ones_or_the_readers():
+    draw = lambda n: lesson.draw_tokens((64.0, 60.0), n, 4, 2, "own", GUIDED, BIRD)[1]  # noqa: E731
+    trained = ", ".join(map(str, lesson.network().get_submodule(GUIDED).rates))
+    assert f"Rates {trained}:" in draw(0) and "Rates 4, 2:" in draw(2)
+    assert "Rates 4:" in draw(1) and "only the first rate counts" in draw(1)
+
+
 def test_painting_moves_ranks_and_is_kept():
     """A stroke puts cells above all others, another below; what is brought back is what was found."""
     painting, found = lesson.Painting(), lesson.traced(BIRD)[GUIDED].significance
@@ -148,7 +191,7 @@ def test_the_cost_of_hybrid_layers_is_what_torch_counts(scales):
 
 @pytest.mark.parametrize("rates", [(16, 4, 4, 2), (1,), (7, 3)])
 def test_the_cost_of_guided_layers_is_what_torch_counts(rates):
-    layer = SelfGuidedAttention(32, 4, rates, aggregate="after", shared=False, lepe=False)
+    layer = SelfGuidedAttention(32, 4, rates, shared=False, lepe=False)
     with_torch = counted(layer, 32, 32, torch.zeros(1, 32, 32, device="meta"))
     assert with_torch == lesson.guided_multiply_adds(32 * 32, 32, rates)[0]
 
@@ -189,4 +232,6 @@ def test_the_verdict_goes_where_the_numbers_go():
     assert "rises with depth in 1 of 2 networks" in words and "90.0% / 90.0%" in words
     words = verdict_of({1: [0.7, 0.3], 2: [0.8, 0.75]}, 0.6)
     assert "In 1 of 2 layers" in words and "But in layer 1 of seed 1 it is 0.30: **the other way round**" in words
+    assert "other way round" not in verdict_of({1: [0.7, 0.3]}, 0.25)  # random weights are as low
+    assert "other way round" not in verdict_of({1: [0.7, 0.48]}, 0.6)  # chance is as low
     assert "**clearly find**" in verdict_of({1: [0.7, 0.55]}, 0.6)

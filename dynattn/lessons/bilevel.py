@@ -2,7 +2,6 @@
 
 import math
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -20,9 +19,10 @@ from dynattn.data import Shapes, normalise
 from dynattn.figures import style
 from dynattn.figures.drawing import ground
 from dynattn.figures.evidence import class_map, share_under
-from dynattn.figures.subjects import Picture, load_subject, random_twin, test_picture
+from dynattn.figures.subjects import load_subject, random_twin
 from dynattn.lessons.controls import Pointer, Turn, choice, slider, turn
 from dynattn.lessons.notebook import HEAT, numbered, panels, show
+from dynattn.lessons.pictures import IMAGES, MEASURED, QUERY, SIDE, image_choice, picture
 from dynattn.mechanisms import bilevel, deformable_bilevel
 from dynattn.mechanisms.bilevel import BiLevelRecord, BiLevelRoutingAttention, Routing
 from dynattn.mechanisms.deformable_bilevel import DeformableBiLevelAttention, DeformableBiLevelRecord
@@ -31,10 +31,6 @@ from dynattn.weights import path
 from dynattn.widgets import Lens
 from dynattn.widgets.panel import shows_routes
 
-IMAGES = (27, 22, 9, 1)  # test images, chosen for their places and backgrounds, not by what a model makes of them
-QUERY = (108.0, 60.0)  # a pixel (row, col) in the background of the first
-SIDE = 128  # of the images, in pixels
-MEASURED = 24  # test images that the verdict takes
 NAMES = ("biformer_mini", "debiformer_mini")
 KINDS = {"biformer_mini": "bilevel", "debiformer_mini": "deformable_bilevel"}
 
@@ -49,13 +45,6 @@ def network(name: str) -> nn.Module:
 
 
 @cache
-def picture(index: int) -> Picture:
-    """A test image as the models see it, and sharper, to be shown."""
-    found = test_picture(index, (SIDE, SIDE))
-    return replace(found, shown=found.shown[::2, ::2], mask=found.mask[::2, ::2])  # small, to be drawn fast
-
-
-@cache
 def traced(name: str, index: int) -> Trace:
     """A small model on a test image."""
     return trace(network(name), picture(index).x)
@@ -64,11 +53,6 @@ def traced(name: str, index: int) -> Trace:
 def layers(name: str) -> list[tuple[str, str]]:
     """The layers of a small model that route: in words, and by name."""
     return numbered(traced(name, IMAGES[0]).of_kind(KINDS[name]))
-
-
-def image_choice() -> object:
-    """Buttons for the test images."""
-    return choice(*[(picture(i).name.split("(")[1].rstrip(")"), i) for i in IMAGES])
 
 
 # ------------------------------------------------------------------------------------------------------ 1: the question

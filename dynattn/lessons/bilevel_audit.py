@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dynattn.figures import style
 from dynattn.lessons.notebook import INKS, panels
 from dynattn.mechanisms.bilevel import BiLevelRoutingAttention
 from dynattn.mechanisms.deformable_bilevel import DeformableBiLevelAttention
@@ -25,26 +24,6 @@ def stage(number: int) -> tuple[int, int, dict[str, nn.Module]]:
         "DBRA": DeformableBiLevelAttention(C, heads, 2 ** (number - 1), (side, side), **agents),
     }
     return side, C, {name: layer.eval().requires_grad_(False) for name, layer in layers.items()}
-
-
-def costs(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
-    """Of each stage and layer: multiply-adds and time, both over those of dense attention."""
-    figure, axes = panels(*[1] * len(found), height=3.8)
-    for ax, (title, layers) in zip(axes, found.items(), strict=True):
-        dense = layers["dense attention"]
-        for i, both in enumerate(layers.values()):
-            for j, (value, whole) in enumerate(zip(both, dense, strict=True)):
-                ax.bar(i + 0.38 * (j - 0.5), value / whole, 0.36, color=INKS[i], alpha=(0.45, 1.0)[j])
-        ax.axhline(1, color=style.INK, linewidth=1)
-        ax.set_xticks(range(len(layers)), [name.replace(" of", "\nof").replace(" attention", "") for name in layers])
-        ax.set(title=title, yscale="log")
-        ax.minorticks_off()
-        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
-        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        values = [value / whole for both in layers.values() for value, whole in zip(both, dense, strict=True)]
-        ax.set_ylim(0.7 * min(values), 1.4 * max(values))
-    axes[0].set_ylabel("over dense attention's")
-    return figure
 
 
 def sizes(x: Sequence[float], lines: Mapping[str, Sequence[float]], title: str, across: str) -> Figure:

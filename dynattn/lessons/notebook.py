@@ -145,6 +145,27 @@ def panels(*widths: float, height: float = 4.6, width: float = 12.5) -> tuple[Fi
     return figure, list(np.atleast_1d(figure.subplots(1, len(widths), width_ratios=widths)))
 
 
+def costs(found: Mapping[str, Mapping[str, tuple[float, float]]], unit: str) -> Figure:
+    """Of each stage and layer: multiply-adds (pale) and time, both over those of the layer that is called `unit`."""
+    figure, axes = panels(*[1] * len(found), height=3.8)
+    for ax, (title, layers) in zip(axes, found.items(), strict=True):
+        for i, both in enumerate(layers.values()):
+            for j, (value, one) in enumerate(zip(both, layers[unit], strict=True)):
+                ax.bar(i + 0.38 * (j - 0.5), value / one, 0.36, color=INKS[i], alpha=(0.45, 1.0)[j])
+        ax.axhline(1, color=style.INK, linewidth=1)
+        names = [name.replace(" of", "\nof").replace(" attention", "").replace("-", "-\n") for name in layers]
+        ax.set_xticks(range(len(layers)), names)
+        ax.set(title=title, yscale="log")
+        ax.minorticks_off()
+        values = [value / one for both in layers.values() for value, one in zip(both, layers[unit], strict=True)]
+        low, high = min(values) / 1.5, 1.5 * max(values)
+        ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low < tick < high]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_ylim(low, high)
+    axes[0].set_ylabel(f"over {unit}")
+    return figure
+
+
 def numbered(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Layers to choose from: their number and map in words, and their names."""
     return [(f"{i} ({one.query_shape[0]} × {one.query_shape[1]})", one.name) for i, one in enumerate(records, 1)]

@@ -1,16 +1,10 @@
-"""The pictures and proofs of the audit of SG-Former, `notebooks/audit/03_sgformer.ipynb`."""
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+"""The layers and proofs of the audit of SG-Former, `notebooks/audit/03_sgformer.ipynb`."""
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import dynattn
 from dynattn import verify
-from dynattn.figures import style
-from dynattn.lessons.notebook import INKS, panels
 from dynattn.mechanisms.dense import DenseAttention
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention
 from dynattn.mechanisms.self_guided import SelfGuidedAttention
@@ -37,27 +31,6 @@ def on_meta(name: str, **options) -> nn.Module:
         return dynattn.create_model(name, **options)
 
 
-def costs(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
-    """Of each stage and layer: multiply-adds (pale) and time, both over those of windows."""
-    figure, axes = panels(*[1] * len(found), height=3.8)
-    for ax, (title, layers) in zip(axes, found.items(), strict=True):
-        windows = layers["windows of 7 × 7"]
-        for i, both in enumerate(layers.values()):
-            for j, (value, unit) in enumerate(zip(both, windows, strict=True)):
-                ax.bar(i + 0.38 * (j - 0.5), value / unit, 0.36, color=INKS[i], alpha=(0.45, 1.0)[j])
-        ax.axhline(1, color=style.INK, linewidth=1)
-        names = [name.replace(" of", "\nof").replace(" attention", "").replace("-", "-\n") for name in layers]
-        ax.set_xticks(range(len(layers)), names)
-        ax.set(title=title, yscale="log")
-        ax.minorticks_off()
-        values = [value / unit for both in layers.values() for value, unit in zip(both, windows, strict=True)]
-        ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20) if min(values) / 1.5 < tick < 1.5 * max(values)]
-        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.set_ylim(min(values) / 1.5, 1.5 * max(values))
-    axes[0].set_ylabel("over windows'")
-    return figure
-
-
 def found(operation: str) -> str:
     """Every mistake that `verify` knows of an operation, in words. Raises AssertionError for one that it overlooks."""
     mistakes = verify.registry.known(operation).mistakes
@@ -68,17 +41,3 @@ def found(operation: str) -> str:
             continue
         raise AssertionError(f"{operation}: {mistake} is overlooked")
     return f"`{operation}`, {len(mistakes)} mistakes, all found: {'; '.join(mistakes)}."
-
-
-@contextmanager
-def misguided(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, every self-guided layer reads a changed significance."""
-    guided = [module for module in model.modules() if isinstance(module, SelfGuidedAttention)]
-    handles = [
-        module.register_forward_pre_hook(lambda module, given: (given[0], change(given[1]))) for module in guided
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -24,7 +24,7 @@ const VIRIDIS = [
 ];
 const STAR = "#E8112D";
 const INK = "#222222";
-/* Of the tokens that a query likes most: LIKED of panel.py, in the colours of the figures. */
+/* Of the tokens that a query reads most: LIKED of panel.py, in the colours of the figures. */
 const LIKED = { orange: "#F28E00", blue: "#38A8F0", green: "#00B07C", yellow: "#F0E442", purple: "#CC79A7" };
 const MEAN = "mean";
 const [NARROWEST, GAP] = [205, 16]; // px: a panel, and what lies between two
@@ -142,9 +142,9 @@ function tokensRead(keys, merged, grid) {
 
 const cellCount = (size) => `${size} cell${size > 1 ? "s" : ""}`;
 const tokensName = (read) => {
-  const liked = Object.keys(LIKED).slice(0, read.length);
-  const each = liked.map((name, n) => `${name} ${amount(read[n].weight)} (${cellCount(read[n].size)})`);
-  return `${read.length} tokens, liked most: ${each.join(", ")}`;
+  const most = Object.keys(LIKED).slice(0, read.length);
+  const each = most.map((name, n) => `${name} ${amount(read[n].weight)} (${cellCount(read[n].size)})`);
+  return `${read.length} tokens, ${amount(1 / read.length)} each if all were alike; read most: ${each.join(", ")}`;
 };
 
 /* What the marks on a panel mean: `meaning` of panel.py. */
@@ -152,7 +152,7 @@ const MEANING = {
   cells: "Squares: cells that the query reads; colour: weight.",
   points: "Dots: points that the query reads; area and colour: weight.",
   tokens:
-    "Many cells became one token. Colours: cells of the tokens that the query likes most. White: cells of the " +
+    "Many cells became one token. Colours: cells of the tokens that the query reads most. White: cells of the " +
     "others that it reads; the brighter, the more their token gets.",
 };
 
@@ -497,7 +497,7 @@ class Panel {
     }
   }
 
-  /* Every token over its cells: those that are liked most in colours of their own, the others white by weight. */
+  /* Every token over its cells: those that are read most in colours of their own, the others white by weight. */
   drawTokens(ink, { tokens, merged }, grid) {
     const [alpha, rank] = [ink.globalAlpha, new Map(tokens.map((token, n) => [token.number, n]))];
     const cells = [...merged.keys()].filter((cell) => rank.has(merged[cell]));

@@ -20,7 +20,7 @@ from dynattn.data import read_image, to_input, to_rgb
 from dynattn.tracing import Keys, Record, RegionRoutes, Trace, roll_out, trace
 
 MEAN = "mean"  # the head that stands for the mean over all heads
-LIKED = ("orange", "blue", "green", "yellow", "purple")  # colours of the tokens that a query likes most
+LIKED = ("orange", "blue", "green", "yellow", "purple")  # colours of the tokens that a query reads most
 SHARP = 640  # the longer side of the photograph shown, in pixels: sharper than what a small model sees
 
 
@@ -238,7 +238,7 @@ MEANING = {
     "cells": "Squares: cells that the query reads; colour: weight.",
     "points": "Dots: points that the query reads; area and colour: weight.",
     "tokens": (
-        "Many cells became one token. Colours: cells of the tokens that the query likes most. White: cells of the "
+        "Many cells became one token. Colours: cells of the tokens that the query reads most. White: cells of the "
         "others that it reads; the brighter, the more their token gets."
     ),
 }
@@ -251,10 +251,10 @@ def meaning(fade: float, marks: str) -> str:
 
 
 def tokens_name(tokens: TokensRead) -> str:
-    """How many tokens are read, and those that the query likes most, by their colours."""
-    liked = zip(LIKED, tokens.weight.tolist(), tokens.size.tolist(), strict=False)
-    each = ", ".join(f"{colour} {weight:.3g} ({size} cell{'s' * (size > 1)})" for colour, weight, size in liked)
-    return f"{len(tokens.number)} tokens, liked most: {each}"
+    """How many tokens are read, what each would get if all were alike, and those read most, by their colours."""
+    most = zip(LIKED, tokens.weight.tolist(), tokens.size.tolist(), strict=False)
+    each = ", ".join(f"{colour} {weight:.3g} ({size} cell{'s' * (size > 1)})" for colour, weight, size in most)
+    return f"{len(tokens.number)} tokens, {1 / len(tokens.number):.3g} each if all were alike; read most: {each}"
 
 
 def shows_routes(routes: RegionRoutes | None) -> bool:

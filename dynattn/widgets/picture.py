@@ -43,7 +43,7 @@ def draw(view: View, dpi: int) -> Image.Image:
     if any(one.tokens is not None for _, one in pairs):
         last = len(LIKED) - 1  # the caption has the others, there is no room here
         marks += [
-            (style.mark("s", style.GROUPS[0], 9), "token liked most"),
+            (style.mark("s", style.GROUPS[0], 9), "token read most"),
             (style.mark("s", style.GROUPS[last], 9), f"{last + 1}th"),
         ]
     style.key(sheet, marks)
@@ -102,7 +102,7 @@ def cells(ax: Axes, keys: Float[np.ndarray, "n 3"], record: Record, alpha: float
 
 
 def tokens(ax: Axes, read: TokensRead, record: Record, alpha: float) -> None:
-    """Every token over its cells: those that are liked most in colours of their own, the others white by weight."""
+    """Every token over its cells: those that are read most in colours of their own, the others white by weight."""
     colour = np.zeros((read.merged.max() + 1, 4))
     colour[read.number, :3], colour[read.number, 3] = 1, 0.5 * read.weight / read.weight.max()
     liked = read.number[: len(LIKED)]

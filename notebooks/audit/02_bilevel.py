@@ -32,9 +32,9 @@ from dynattn.bench import routed as bench
 from dynattn.figures.evidence import class_map, contribution, receptive_field, share_under
 from dynattn.figures.subjects import test_picture
 from dynattn.kernels.routed import readable_first
-from dynattn.lessons import agree, begin, normal, rearrange, say, source, table
+from dynattn.lessons import agree, begin, normal, say, source, table
 from dynattn.lessons import bilevel_audit as audit
-from dynattn.lessons.notebook import fastest, ledger, measured, recorded, show
+from dynattn.lessons.notebook import costs, fastest, ledger, measured, recorded, show
 from dynattn.lessons.published import deterministic, published_state
 from dynattn.mechanisms import bilevel, deformable_bilevel
 from dynattn.mechanisms.bilevel import BiLevelRoutingAttention
@@ -263,7 +263,7 @@ for number in (1, 2, 3):
                 layer(x)
             both = counter.get_total_flops() / 2, fastest(partial(layer, x))
             found.setdefault(f"stage {number}, {side} × {side}", {})[name] = both
-show(audit.costs(found))
+show(costs(found, "dense attention"))
 rows = []
 for where, layers in found.items():
     macs, ms = layers["dense attention"]
