@@ -322,16 +322,7 @@ class Backbone(nn.Module):
 
         Raises ValueError where there is no such stage.
         """
-        count = len(self.stages)
-        if indices is None:
-            chosen = list(range(count))
-        elif isinstance(indices, int):
-            chosen = list(range(count - indices, count))
-        else:
-            chosen = [i % count if -count <= i < count else i for i in indices]
-        if not chosen or not all(0 <= i < count for i in chosen):
-            raise ValueError(f"indices: expected stages 0 to {count - 1}, got {indices!r}")
-        return chosen
+        return chosen_of(indices, len(self.stages), "stages")
 
     def prune_intermediate_layers(
         self,
@@ -370,6 +361,22 @@ class Backbone(nn.Module):
         reference = next(self.parameters())
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.head.apply(initialise).to(reference.device, reference.dtype)
+
+
+def chosen_of(indices: int | list[int] | tuple[int, ...] | None, count: int, what: str) -> list[int]:
+    """What timm's `indices` mean, of so many stages or layers: None all, n the last n, negative ones from the end.
+
+    Raises ValueError where there is no such one.
+    """
+    if indices is None:
+        chosen = list(range(count))
+    elif isinstance(indices, int):
+        chosen = list(range(count - indices, count))
+    else:
+        chosen = [i % count if -count <= i < count else i for i in indices]
+    if not chosen or not all(0 <= i < count for i in chosen):
+        raise ValueError(f"indices: expected {what} 0 to {count - 1}, got {indices!r}")
+    return chosen
 
 
 class Stage(nn.Module):

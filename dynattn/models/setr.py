@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dynattn import core
 from dynattn.dense.setr import MapHead, MultiLevelHead, ProgressiveHead, resize
+from dynattn.models.layers import chosen_of
 from dynattn.models.published import Entry, register_published
 from dynattn.models.registry import register_model
 from dynattn.models.vit import ViT, load_encoder, split_positions
@@ -223,15 +224,7 @@ class SETR(nn.Module):
 
     def chosen_layers(self, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
         """The layers, from 0, that timm's `indices` mean. Raises ValueError where there is no such layer."""
-        count = len(self.encoder.blocks)
-        if indices is None:
-            indices = range(count)
-        elif isinstance(indices, int):
-            indices = range(count - indices, count)
-        chosen = [i % count if -count <= i < count else i for i in indices]
-        if not chosen or not all(0 <= i < count for i in chosen):
-            raise ValueError(f"indices: expected layers 0 to {count - 1}, got {indices!r}")
-        return chosen
+        return chosen_of(indices, len(self.encoder.blocks), "layers")
 
     def prune_intermediate_layers(
         self,
