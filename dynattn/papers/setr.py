@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dynattn import cost
+from dynattn import cost, figures
 from dynattn.cost import Row
+from dynattn.figures.setr import PAPER
 from dynattn.training import Recipe, register_recipe
 
 PUP = (
@@ -87,3 +88,5 @@ for decoder in ("naive", "pup", "mla", "pup_hlg"):
     name = f"setr_{decoder}_mini"
     register_recipe(name, Recipe(name, **SCENES))
     register_recipe(f"{name}_no_aux", Recipe(name, {"aux": False}, **SCENES))
+
+figures.register("setr", PAPER)
