@@ -58,9 +58,9 @@ def with_twin(setting: Setting) -> dict[str, nn.Module]:
     return {"trained": setting.subject.model, RANDOM: setting.twins[RANDOM]}
 
 
-def ground(ax: Axes, picture: Picture) -> None:
-    """The photograph, with the object's outline if it is known."""
-    style.photograph(ax, picture.shown, picture.shape)
+def ground(ax: Axes, picture: Picture, *, veil: float = 0.35) -> None:
+    """The photograph under a veil, with the object's outline if it is known."""
+    style.photograph(ax, picture.shown, picture.shape, veil=veil)
     if picture.mask is not None:
         style.outline(ax, picture.mask, picture.shape)
 

@@ -195,12 +195,12 @@ def drawn(
     most = max(2.0, *(float(values.max()) for strip in strips for values in strip.maps))
     for row, strip in zip(sheet.panels, strips, strict=True):
         for ax in row:
-            ground(ax, strip.picture)
+            ground(ax, strip.picture, veil=0.35 if ax is row[0] else 0.65)  # what is read stands out
             style.star(ax, *record.cells()[record.query(*strip.point)].tolist())
         for ax, values in zip(row[1:], strip.maps, strict=True):
             style.cells(ax, ((values - 1) / (most - 1)).clamp(0, 1).numpy(), strip.picture.shape)
     known = bool(object_key(pictures))
-    style.scale(sheet, style.HEAT, ["mean", f"{most:.0f} ×"], "read", left=1.9 if known else 4.0)
+    style.scale(sheet, style.HEAT, ["mean", f"{most:.0f} × mean"], "read", left=1.9 if known else 4.0)
     star = style.mark("*", style.RED, 15, markeredgecolor=style.PAPER)
     style.key(sheet, [(star, "the point that reads"), *object_key(pictures)], centre=0.66)
     return Drawing(sheet.figure, caption, pictures, list(measures), [setting.subject.story], tables)

@@ -268,8 +268,7 @@ def plot_classes(ax: Axes, found: Mapping[str, Overlap]) -> None:
     ax.set_ylabel("IoU", fontsize=style.LABEL - 1, color=style.INK)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     ax.set_axisbelow(True)
-    place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=len(found), frameon=False, borderaxespad=0.1)
-    ax.legend(fontsize=style.SMALL + 1, handletextpad=0.2, **place)
+    ax.legend(loc="lower center", ncols=len(found), frameon=False, fontsize=style.SMALL + 1, handletextpad=0.2)
 
 
 def differences(found: Mapping[str, Overlap], to: str) -> str:
