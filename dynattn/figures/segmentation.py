@@ -263,12 +263,12 @@ def plot_classes(ax: Axes, found: Mapping[str, Overlap]) -> None:
     for j, ((name, overlap), (marker, colour)) in enumerate(zip(found.items(), MARKS, strict=False)):
         x = np.arange(len(NAMES)) + 0.14 * (j - (len(found) - 1) / 2)
         ax.plot(x, overlap.of_classes, linestyle="none", marker=marker, color=colour, mec=style.INK, ms=7, label=name)
-    ax.set(xlim=(-0.5, len(NAMES) - 0.5), ylim=(0, 1))
+    ax.set(xlim=(-0.5, len(NAMES) - 0.5), ylim=(0, 1.25), yticks=(0, 0.5, 1))  # the names of the models stand on top
     ax.set_xticks(range(len(NAMES)), NAMES, fontsize=style.SMALL + 1)
     ax.set_ylabel("IoU", fontsize=style.LABEL - 1, color=style.INK)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.legend(loc="lower center", ncols=len(found), frameon=False, fontsize=style.SMALL + 1, handletextpad=0.2)
+    ax.legend(loc="upper center", ncols=len(found), frameon=False, fontsize=style.SMALL + 1, handletextpad=0.2)
 
 
 def differences(found: Mapping[str, Overlap], to: str) -> str:
