@@ -246,6 +246,9 @@ def setup(shipped, monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "of_figures", lambda: shipped)
     monkeypatch.setattr(run.Setting, "count", property(lambda self: 3))
     monkeypatch.setattr(subjects, "TEST_COUNT", 30)
+    monkeypatch.setattr(subjects, "SHARP", 64)
+    several = run.Setting.pictures
+    monkeypatch.setattr(run.Setting, "pictures", lambda self, indices: several(self, indices[:1]))
     monkeypatch.setattr(style, "DPI", 30)  # sooner written
     monkeypatch.setenv("DYNATTN_CACHE", str(shipped / "cache"))
     return tmp_path / "figures"
