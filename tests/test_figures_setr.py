@@ -1,6 +1,7 @@
 """The figures of SETR and HLG: what they measure, with known answers; the drawings, of small networks."""
 
 import numpy as np
+import published_setr
 import pytest
 import torch
 from PIL import Image
@@ -317,6 +318,21 @@ def test_a_published_checkpoint_stands_alone(setup, tmp_path, monkeypatch):
     assert not entries[5]["measures"] and "has no class for them" in entries[5]["caption"]
     assert [one["layer"] for one in entries[12]["measures"]] == ["Z1", "Z2", "logits"]
     assert [story["file"] for story in entries[5]["weights"]] == ["naive.pth"]
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_of_full_width(setup, photograph, tmp_path, capsys):
+    """Twelve layers: six of them are drawn where attention is, all where features are, in rows of eight."""
+    state = published_setr.checkpoint(create_model("setr_pup_base", img_size=64, num_classes=19))
+    torch.save({"state_dict": state}, tmp_path / "pup.pth")
+    found = draw("setr", weights=tmp_path / "pup.pth", image=photograph, out=setup, progress=False)
+    entries = {one["figure"]: one for one in found}
+    assert list(entries) == NUMBERS[:-1] and entries[5]["weights"] == [{"file": "pup.pth", "model": "setr_pup_base"}]
+    layers = [one["name"].rpartition(", ")[2] for one in entries[14]["measures"]]
+    assert layers == [f"layer {i}" for i in (1, 4, 6, 8, 10, 12)]
+    assert "6 of its 12 heads" in entries[13]["caption"] and "6 of 12 layers" in entries[14]["caption"]
+    assert [one["name"].rpartition(", ")[2] for one in entries[7]["measures"]] == ["Z1", "Z5", "Z9", "Z12"]
+    assert "logits" in entries[12]["measures"][-1]["name"] and len(entries[12]["measures"]) == 8
 
 
 def test_another_papers_model_where_it_makes_sense(setup, shipped, tmp_path, capsys):
