@@ -298,8 +298,10 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
             measures.append(measure_of(name, its))
             tables |= its
     answers = [[answer_to(one, picture) for one in subjects] for picture in pictures]
+    clear = "; no colour: background" if names_of(subject)[0] == NAMES[0] else ""
+    title = title if len(subjects) > 1 else title.partition(":")[0]  # beside nothing
     caption = (
-        f"The class of each pixel; no colour: background. {differences(found, to)}{conditions(setting, subjects)}"
+        f"The class of each pixel{clear}. {differences(found, to)}{conditions(setting, subjects)}"
         f"{seen_in_words(pictures, known, measures[0].n if measures else 0)}"
     )
     columns = ["photograph", *["truth"] * known, *names]
