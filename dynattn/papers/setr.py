@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dynattn import cost
+from dynattn import cost, figures
 from dynattn.cost import Row
+from dynattn.figures.setr import PAPER
 from dynattn.training import Recipe, register_recipe
 
 PUP = (
@@ -90,3 +91,5 @@ for decoder in ("naive", "pup", "mla", "pup_hlg"):
     register_recipe(f"{name}_no_aux", Recipe(name, {"aux": False}, **SCENES), seeds=ships)
 for name in ("fcn_mini", "pvt_seg_mini"):  # what figures 5, 6 and 9 compare with
     register_recipe(name, Recipe(name, **SCENES), seeds=[0])
+
+figures.register("setr", PAPER)
