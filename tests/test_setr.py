@@ -135,7 +135,7 @@ def test_table_7_has_another_vit(unchecked):
         products = len(model.blocks) * 2 * ((384 // patch) ** 2 + 1) ** 2 * model.embed_dim
         found = cost.count(model, 384)
         counted[patch] = round(found.params / 1e6, 1), round((found.macs_fvcore - products) / 1e9, 1)
-    assert counted == {32: (306.6, 44.3), 16: (304.7, 174.9)}
+    assert counted == {32: (306.6, 44.3), 16: (304.7, 174.8)}
 
 
 @pytest.mark.slow
