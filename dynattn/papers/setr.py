@@ -87,3 +87,5 @@ for decoder in ("naive", "pup", "mla", "pup_hlg"):
     name = f"setr_{decoder}_mini"
     register_recipe(name, Recipe(name, **SCENES))
     register_recipe(f"{name}_no_aux", Recipe(name, {"aux": False}, **SCENES))
+for name in ("fcn_mini", "pvt_seg_mini"):  # what figures 5, 6 and 9 compare with
+    register_recipe(name, Recipe(name, **SCENES))
