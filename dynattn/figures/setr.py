@@ -20,8 +20,8 @@ from .segmentation import Overlap
 from .subjects import RANDOM, Subject, load_subject
 
 # Test images, chosen for a spread of classes, not by what a model makes of them.
-SEEN, FEATURES_OF, LAYERS_OF = (7, 19, 1, 28), (7, 19, 1, 28), (7, 19)
-POINTS_OF, HEADS_OF, AUX_OF = (7, 28), (19,), (7,)
+SEEN, FEATURES_OF, LAYERS_OF = (7, 19, 1, 28), (7, 23, 1, 28), (7, 1)
+POINTS_OF, HEADS_OF, AUX_OF = (13, 19), (28,), (7,)
 DECODERS = ("naive", "pup", "mla")
 BESIDE = ("fcn_mini", *(f"setr_{decoder}_mini" for decoder in DECODERS))
 
