@@ -402,8 +402,8 @@ table(("checkpoint", "seed", "mean IoU", "accuracy, of pixels or images", "made 
 # What these numbers do **not** show:
 #
 # - Objects here stand out by their outline and texture. To find them is not to know streets.
-# - The small models have convolutions at their stem and in front of their layers, which SETR has not: without them a
-#   plain Transformer learns little from so few images. The paper's answer to that is pre-training.
+# - The small models of SETR have convolutions at their stem and in front of their layers. The paper's have none: they
+#   are trained before on ImageNet.
 #
 # ## The ledgers
 #
