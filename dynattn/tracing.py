@@ -135,6 +135,18 @@ class RegionRoutes:
         return [_edges(s, self.key_side, self.key_grid) for s in self.routes[self.region(row, col)]]
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Tokens that stand for many cells each, and that queries read beside cells as they are.
+
+    merged (S,): the number of the token that stands for every cell. weight (L, N): the attention of every query to the
+    N tokens.
+    """
+
+    merged: Int[Tensor, " S"]
+    weight: Float[Tensor, "L N"]
+
+
 def _edges(number: int, side: tuple[float, float], grid: tuple[int, int]) -> tuple[float, float, float, float]:
     """Top, left, bottom, right of a region in image pixels, whose centres are at integers."""
     (i, j), (height, width) = divmod(number, grid[1]), side
@@ -159,11 +171,12 @@ class Record:
     image_shape: tuple[int, int] | None = None
     stride: tuple[float, float] = (1.0, 1.0)
     exact: bool = True  # whether A_eff @ value == output in every head, up to rounding; else see `rest`
+    words: str = ""  # the kind as a reader names it, where that is not the kind itself
 
     @property
     def kind_in_words(self) -> str:
         """The kind as a reader names it, such as "dynamic group"."""
-        return self.kind.replace("_", " ")
+        return self.words or self.kind.replace("_", " ")
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         """Attention of every query to the mechanism's own keys: rows after the softmax."""
@@ -235,6 +248,13 @@ class Record:
         """The number of the token that every cell of the query map became part of, where cells become fewer tokens.
 
         None where a head reads cells as they are, or points. A key of `keys` lies on the cells of its token.
+        """
+        return None
+
+    def pooled(self, head: int = 0) -> Pooled | None:
+        """The tokens that a head reads beside its cells, each of which stands for many cells; else None.
+
+        They are the last keys of `keys`, in the order of their numbers.
         """
         return None
 

@@ -299,6 +299,37 @@ def test_a_click_shows_the_tokens_that_cells_became(page, tmp_path):
         assert float(said) == pytest.approx(tokens.weight[at], rel=5e-3, abs=1e-5 * tokens.weight[0])
 
 
+def test_a_click_shows_cells_and_windows(page, tmp_path):
+    """Page and Python name the same cells and windows; a window under the mouse says its size, a cell its weight."""
+    torch.manual_seed(0)
+    traced = trace(create_model("hlg_mini"), torch.randn(3, 128, 128))
+    lens = Lens([traced, traced], layer=["stages.0.blocks.0.attn", "stages.0.blocks.1.attn"], head=["mean", 0])
+    lens.save(tmp_path / "lens.html", layers="stages.0.*")
+    page.goto((tmp_path / "lens.html").as_uri())
+    first = Shown(page)
+    page.mouse.click(*first.at(80, 44))
+    first.wait(row=80, col=44)
+    lens.row, lens.col = 80, 44
+    for number, name in enumerate(lens.layer):
+        panel, record = Shown(page, number), traced[name]
+        reading = lens._panels[number].read(80, 44, name, lens.head[number])
+        found = panel.read()
+        assert len(found["keys"]) == 3 * len(reading.keys) == 3 * 64
+        by_number = {one["number"]: one["weight"] for one in found["tokens"]}
+        assert [by_number[n] for n in range(16)] == pytest.approx(reading.by_number.tolist(), rel=1e-4)
+        assert f"{len(reading.keys)} cells" in panel.status() and "; then 16 tokens, 0.0625 each" in panel.status()
+        assert "every window is also one token" in panel.figure.locator(".lens-meaning").inner_text()
+        x, y, _ = reading.keys[0]
+        page.mouse.move(*panel.at(float(y), float(x)))
+        tip = panel.figure.locator(".lens-tip")
+        tip.wait_for(state="visible")
+        assert f"at (row {y:g}, col {x:g})" in tip.inner_text() and "a token of 64 cells" in tip.inner_text()
+        assert panel.colour(float(y), float(x))[3] == 255  # a small square covers what is below it
+        other = record.cells()[(record.window != record.window[record.query(80, 44)]).nonzero()[0, 0]].tolist()
+        page.mouse.move(*panel.at(*other[::-1]))
+        assert "row" not in tip.inner_text() and "a token of 64 cells" in tip.inner_text()
+
+
 def test_images_of_other_sizes_follow_one_click(page, tmp_path):
     """A wide photograph, seen whole by one model and as a square by another."""
     torch.manual_seed(0)

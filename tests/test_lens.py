@@ -265,6 +265,99 @@ def test_a_page_has_one_key_for_each_token(merging):
     assert page.pack_rows(merging[HYBRID])["weight"].dtype == np.uint16  # whose heads merge otherwise
 
 
+PLAIN, DILATED = "stages.0.blocks.0.attn", "stages.0.blocks.1.attn"
+
+
+@pytest.fixture(scope="module")
+def local_global() -> Trace:
+    """Plain and dilated windows, and the means of windows, on an image whose maps no window divides."""
+    torch.manual_seed(0)
+    return trace(create_model("hlg_mini"), torch.randn(3, 72, 60))
+
+
+@pytest.mark.parametrize("layer", [PLAIN, DILATED])
+@pytest.mark.parametrize("head", [0, 1, "mean"])
+@pytest.mark.parametrize(("row", "col"), [(0, 0), (40, 30), (71, 59)])
+def test_cells_and_windows_that_are_read_are_those_of_the_record(local_global, layer, head, row, col):
+    """The cells of the query's window as keys, and every window as a token that lies over its cells."""
+    record, (panel,) = local_global[layer], make_panels(local_global)
+    reading, query = panel.read(row, col, layer, head), record.query(row, col)
+    heads = range(record.heads) if head == "mean" else [head]
+    near, far = (sum(part[m, query] for m in heads) / len(heads) for part in (record.local, record.everywhere))
+    read = near.nonzero()[:, 0]
+    assert set(read.tolist()) == set((record.window == record.window[query]).nonzero()[:, 0].tolist())
+    right = torch.cat([record.cells()[read], near[read, None]], dim=1).numpy()
+    assert by_position(reading.keys) == pytest.approx(by_position(right), rel=1e-4)
+    assert panel.marks(reading) == "beside" and reading.counts == (len(read),) * len(heads)
+    assert reading.by_number == pytest.approx(far.numpy(), rel=1e-4)
+    assert (np.diff(reading.tokens.weight) <= 0).all() and reading.tokens.merged.tolist() == record.window.tolist()
+    assert reading.tokens.size.tolist() == [int((record.window == one).sum()) for one in reading.tokens.number]
+
+
+def test_the_lens_says_and_draws_cells_and_windows(local_global, monkeypatch):
+    lens = Lens(local_global, layer=DILATED, head=0, row=40, col=30)
+    reading = lens._panels[0].read(40, 30, DILATED, 0)
+    keys, tokens = reading.keys, reading.tokens
+    assert (
+        f"stage 1, block 2, dilated local-global, head 0: {len(keys)} cells, heaviest {keys[:, 2].max():.3g}"
+        in repr(lens)
+    )
+    n = len(tokens.number)
+    assert f"; then {n} tokens, {1 / n:.3g} each if all were alike; read most: orange {tokens.weight[0]:.3g}" in repr(
+        lens
+    )
+    layers = lens.scene[0]["layers"]
+    assert layers[1]["pooled"] == local_global[DILATED].window.tolist()
+    assert "tokens" not in layers[1] and "pooled" not in layers[-1]  # full attention
+    assert np.frombuffer(lens.shown[0]["pooled"], "<f4") == pytest.approx(reading.by_number)
+    assert "every window is also one token" in picture.caption(lens._view)
+    here = np.asarray(lens.picture(40))
+    for part in ("tokens", "cells"):
+        with monkeypatch.context() as patched:
+            patched.setattr(picture, part, lambda *given, **options: None)
+            assert (np.asarray(lens.picture(40)) != here).any()
+    lens.layer = local_global.layers[-1]
+    assert lens.shown[0]["pooled"] == b"" and "tokens" not in repr(lens)
+
+
+def test_without_local_attention_there_are_windows_only(tmp_path):
+    torch.manual_seed(0)
+    lens = Lens(create_model("hlg_mini", local=False), torch.randn(3, 64, 64), layer=0, head=0)
+    reading = lens._panels[0].read(40, 30, PLAIN, 0)
+    assert len(reading.keys) == 0 and lens._panels[0].marks(reading) == "tokens"
+    assert "head 0: 4 tokens, 0.25 each if all were alike" in repr(lens) and "no keys" not in repr(lens)
+    lens.picture(30)
+    lens.save(tmp_path / "lens.html", layers=0)
+
+
+@pytest.mark.parametrize("layer", [PLAIN, DILATED])
+def test_a_page_has_the_cells_and_every_window(local_global, layer):
+    """Cells to half a 255th of the row's heaviest, windows fine enough for their order."""
+    record = local_global[layer]
+    rows = unpack(page.pack(page.pack_rows(record)))
+    ends, places, n = rows["count"].cumsum(), rows["position"].reshape(-1, 2), record.everywhere.shape[2]
+    (H, W), stride = record.query_shape, record.stride[0]
+    for head in range(record.heads):
+        for query in (0, W + 3, H * W - 1):
+            row = head * H * W + query
+            part = slice(ends[row] - rows["count"][row], ends[row])
+            weight = rows["weight"][part] * (rows["scale"][row] / 255)
+            found = by_position(np.column_stack([places[rows["step"][part].cumsum()], weight]))
+            right = by_position(expected(record, query // W * stride, query % W * stride, head)[:-n])
+            assert found == pytest.approx(right, abs=max(right.values()) / 509)
+            pooled = rows["pooled"].reshape(-1, n)[row] * (rows["most"][row] / 65535)
+            assert pooled == pytest.approx(record.everywhere[head, query].numpy(), abs=1e-5 * float(rows["most"][row]))
+
+
+def test_a_query_of_setr_reads_the_whole_image():
+    torch.manual_seed(0)
+    (panel,) = make_panels(trace(create_model("setr_pup_mini"), torch.randn(3, 48, 64)))
+    reading = panel.read(20, 30, "encoder.blocks.1.attn", "mean")
+    assert len(reading.keys) == 6 * 8 and panel.marks(reading) == "cells" and reading.cell == (2, 3)
+    assert reading.keys[:, :2].tolist() == panel.trace["encoder.blocks.1.attn"].cells().tolist()
+    assert 0.9 < reading.keys[:, 2].sum() < 1  # the class token has the rest
+
+
 def test_words_say_what_is_seen(lens):
     lens.row, lens.col, lens.layer, lens.head, lens.fade = 40, 60, DEFORMABLE, 2, 0.5
     x, y, weight = max(expected(lens.traces[0][DEFORMABLE], 40, 60, 2), key=lambda key: key[2])

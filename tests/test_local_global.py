@@ -352,3 +352,23 @@ def test_keys_are_the_cells_of_the_window_and_the_centre_of_every_window(dilated
     with pytest.raises(ValueError, match="head: expected 0 to 1, got 2"):
         record.keys(0, 0, head=2)
     assert len(record_of(layer(local=False), normal(1, 6, 6, 48)).keys(0, 0).weight) == 4
+
+
+@pytest.mark.parametrize("dilated", [False, True])
+def test_windows_are_tokens_beside_the_cells(dilated):
+    """The last keys, each at the mean place of its cells; and the second summand of A_eff."""
+    record = record_of(layer(dilated=dilated), normal(1, 7, 5, 48))
+    pooled = record.pooled(1)
+    count = pooled.weight.shape[1]
+    keys = record.keys(4, 3, head=1)
+    torch.testing.assert_close(keys.weight[-count:], pooled.weight[record.query(4, 3)])
+    cells = record.cells().double()
+    for number in range(count):
+        torch.testing.assert_close(keys.xy[number - count], cells[pooled.merged == number].mean(0))
+        column = (pooled.merged == number).nonzero()[0, 0]
+        share = pooled.weight[:, number] / (pooled.merged == number).sum()
+        far = record.effective_matrix(1)[:, column] - record.local[1][:, column]
+        torch.testing.assert_close(far, share)
+    assert record.kind_in_words == ("dilated" if dilated else "plain") + " local-global"
+    with pytest.raises(ValueError, match="head: expected 0 to 1, got 2"):
+        record.pooled(2)

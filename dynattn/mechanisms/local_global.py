@@ -130,9 +130,8 @@ class Layout:
 
     def inside(self, device: torch.device) -> Bool[Tensor, "windows T"] | None:
         """Which tokens of the windows are no padding; None where all are."""
-        if self.whole:
-            return None
-        return self.cut(torch.ones(1, *self.shape, 1, dtype=torch.int64, device=device))[..., 0] > 0
+        cells = torch.ones(1, *self.shape, 1, dtype=torch.int64, device=device)
+        return None if self.whole else self.cut(cells)[..., 0] > 0
 
     def bias(self, table: Float[Tensor, "h I J"] | None, like: Tensor, images: int) -> Tensor | None:
         """What is added to the logits in the windows of so many images: B_W, and -inf at keys that are padding."""
@@ -345,10 +344,9 @@ class LocalGlobalAttention(nn.Module):
 class LocalGlobalRecord(tracing.Record):
     """One layer: z (M, H W, d), what the query read in its window and of all windows, before the projection.
 
-    local (M, H W, H W) and everywhere (M, H W, N): the two softmaxes, each of whose rows sums to 1; v_g of the windows,
-    `mean` (N, H W) of their cells, `window` (H W) of a cell. A_eff lets a window stand for the mean of its cells: rows
-    sum to 2. Not exact: a window's value is made of Z_L behind a LayerNorm, not of V_W; `rest` tells how much is left.
-    Without local attention rows sum to 1, values are those of the windows, and it is exact.
+    local (M, H W, H W) and everywhere (M, H W, N): the two softmaxes; v_g of the windows, `mean` (N, H W) of their
+    cells, `window` (H W) of a cell. A_eff lets a window stand for the mean of its cells. Rows sum to 2. Not exact: a
+    window's value is made of Z_L behind a LayerNorm. Without local attention it is, and rows sum to 1.
     """
 
     kind = "local_global"
@@ -356,6 +354,7 @@ class LocalGlobalRecord(tracing.Record):
     def __init__(self, layer: nn.Module, layout: Layout, maps: tuple, read: tuple, bias: Tensor):
         (q, k, v, z), (query, k_g, v_g, y) = maps, (t[0] for t in read)
         self.query_shape, self.heads, self.exact = layout.shape, layer.heads, not layer.local
+        self.words = f"{'dilated' if layout.dilated else 'plain'} local-global"
         self.everywhere, self.local = core.attention_weights(query, k_g, bias[0], layer.scale), None
         cells = torch.arange(1, layout.shape[0] * layout.shape[1] + 1, device=y.device)
         places = layout.cut(cells.reshape(1, *layout.shape, 1))[..., 0]  # (windows, T), from 1; padding has 0
@@ -366,9 +365,8 @@ class LocalGlobalRecord(tracing.Record):
             self.z, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
             self.z = self.z + y
             inside = [rearrange(layout.cut(t[:1]), "n T (h d) -> n h T d", h=self.heads) for t in (q, k)]
-            weights = core.attention_weights(
-                *inside, layout.bias(layer.local_table(layout, y.device), q, 1), layer.scale
-            )
+            bias = layout.bias(layer.local_table(layout, y.device), q, 1)
+            weights = core.attention_weights(*inside, bias, layer.scale)
             local = weights.new_zeros(self.heads, len(cells) + 1, len(cells) + 1)
             local[:, places[:, :, None], places[:, None, :]] = weights.transpose(0, 1)
             self.local = local[:, 1:, 1:]
@@ -387,14 +385,16 @@ class LocalGlobalRecord(tracing.Record):
 
     def shares(self, head: int = 0) -> Float[Tensor, "L S"]:
         """A_eff, each of whose rows is divided by its sum."""
-        found = self.effective_matrix(head)
-        return found / found.sum(dim=1, keepdim=True)
+        return nn.functional.normalize(self.effective_matrix(head), p=1, dim=1)
 
     def keys(self, row: float, col: float, head: int = 0) -> tracing.Keys:
         """The cells of the query's window, then the centre of every window; the weights of each sum to 1."""
-        self.check_head(head)
         query, cells = self.query(row, col), self.cells().to(self.z)
+        near, far = self.weights(head)[query].tensor_split([-len(self.mean)])
         read = self.window == self.window[query] if self.local is not None else []
-        weight = self.weights(head)[query]
-        near, far = weight[: -len(self.mean)][read], weight[-len(self.mean) :]
-        return tracing.Keys(torch.cat([cells[read], self.mean @ cells]), torch.cat([near, far]))
+        return tracing.Keys(torch.cat([cells[read], self.mean @ cells]), torch.cat([near[read], far]))
+
+    def pooled(self, head: int = 0) -> tracing.Pooled:
+        """The windows, each of which stands for its cells."""
+        self.check_head(head)
+        return tracing.Pooled(self.window, self.everywhere[head])

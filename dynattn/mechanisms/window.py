@@ -285,11 +285,7 @@ class WindowRecord(tracing.Record):
         self.places = layout.cut(numbers)[..., 0]  # (windows, T): which cell a token is, from 1; padding has 0
         image, padding = self.places[:, None, :, None] > 0, self.places[:, None, None, :] == 0
         self.exact = not bool((self.attention * (image & padding)).any())
-
-    @property
-    def kind_in_words(self) -> str:
-        """A layer whose windows are moved says so; one window for the whole map cannot be moved."""
-        return "shifted window" if any(self.shift) else "window"
+        self.words = "shifted window" if any(self.shift) else "window"  # one window for the whole map is not moved
 
     def weights(self, head: int = 0) -> Float[Tensor, "L L"]:
         """Attention over the whole map; zero outside the window. Rows lack what is given to padding."""

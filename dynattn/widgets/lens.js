@@ -10,9 +10,11 @@
                are, centres at integers; picture (data URL) and its aspect; layers, each with name, title, heads,
                cells [rows, cols] and stride [rows, cols], and routes where the layer chooses whole regions: the
                fields of `RegionRoutes` of tracing.py, and tokens where cells become fewer tokens: for every head the
-               token of every cell, or null; first, last: cells and stride of the network's outer layers
+               token of every cell, or null, and pooled where queries read tokens beside cells: the token of every
+               cell; first, last: cells and stride of the network's outer layers
    shown       the answer, for every panel: the row, col, layer, head it is for; cell [i, j] of the query; keys, float32
-               x, y, weight of each key; counts, of the keys of each head; last, the cell of the query in the last layer; heat, float32, the rollout over
+               x, y, weight of each key; counts, of the keys of each head; pooled, float32, the weight of each token that
+               is read beside cells; last, the cell of the query in the last layer; heat, float32, the rollout over
                the cells of the first layer (last and heat only while fade > 0)
 
    This side sets row, col, layer, head, fade; the other side answers by setting shown. What is on the screen always
@@ -27,6 +29,7 @@ const INK = "#222222";
 /* Of the tokens that a query reads most: LIKED of panel.py, in the colours of the figures. */
 const LIKED = { orange: "#F28E00", blue: "#38A8F0", green: "#00B07C", yellow: "#F0E442", purple: "#CC79A7" };
 const MEAN = "mean";
+const SMALL = 0.5; // of a cell's side: a square that leaves what is below it to be seen
 const [NARROWEST, GAP] = [205, 16]; // px: a panel, and what lies between two
 const PATIENCE = 1500; // ms without an answer after which the status says so
 
@@ -136,8 +139,16 @@ function tokensRead(keys, merged, grid) {
     const token = merged[i * grid.cells[1] + j];
     weights.set(token, (weights.get(token) ?? 0) + keys[k + 2]);
   }
-  const read = [...weights].map(([number, weight]) => ({ number, weight, size: sizes.get(number) }));
-  return read.sort((a, b) => b.weight - a.weight || a.number - b.number);
+  return liked([...weights].map(([number, weight]) => ({ number, weight, size: sizes.get(number) })));
+}
+
+const liked = (tokens) => tokens.sort((a, b) => b.weight - a.weight || a.number - b.number);
+
+/* The tokens that a query reads beside its cells: `pooled_read` of panel.py. */
+function pooledRead(weights, merged) {
+  const sizes = Array(weights.length).fill(0);
+  for (const token of merged) sizes[token] += 1;
+  return liked([...weights].map((weight, number) => ({ number, weight, size: sizes[number] })));
 }
 
 const cellCount = (size) => `${size} cell${size > 1 ? "s" : ""}`;
@@ -154,6 +165,10 @@ const MEANING = {
   tokens:
     "Many cells became one token. Colours: cells of the tokens that the query reads most. White: cells of the " +
     "others that it reads; the brighter, the more their token gets.",
+  beside:
+    "Small squares: cells of its window that the query reads; colour: weight. Below them: every window is also one " +
+    "token. Colours: cells of the windows that the query reads most. White: the others; the brighter, the more " +
+    "their window gets.",
 };
 
 function meaning(fade, marks) {
@@ -234,13 +249,16 @@ class Panel {
     const answer = this.model.get("shown")[this.number];
     if (answer !== this.answer) {
       this.answer = answer;
-      this.decoded = answer && { ...answer, keys: floats(answer.keys), heat: floats(answer.heat) };
+      this.decoded = answer && { ...answer };
       if (answer) {
+        for (const name of ["keys", "pooled", "heat"]) this.decoded[name] = floats(answer[name]);
         const layer = layerOf(this.panel, answer.layer);
-        const merged = mergedOf(layer, answer.head);
-        const tokens = merged && tokensRead(this.decoded.keys, merged, layer);
-        const marks = tokens ? "tokens" : onCells(this.decoded.keys, layer) ? "cells" : "points";
-        Object.assign(this.decoded, { merged, tokens, marks });
+        const { keys, pooled } = this.decoded;
+        const beside = Boolean(layer.pooled);
+        const merged = layer.pooled ?? mergedOf(layer, answer.head);
+        const tokens = beside ? pooledRead(pooled, merged) : merged && tokensRead(keys, merged, layer);
+        const marks = beside && keys.length ? "beside" : tokens ? "tokens" : onCells(keys, layer) ? "cells" : "points";
+        Object.assign(this.decoded, { beside, merged, tokens, marks });
       }
     }
     return this.decoded;
@@ -324,12 +342,13 @@ class Panel {
         found.token = number;
         found.lines.push(`weight ${amount(token.weight)}, a token of ${cellCount(token.size)}`);
       }
-    } else if (fade < 1) {
+    }
+    if (fade < 1 && (shown.beside || !shown.tokens)) {
       const key = this.nearest(row, col, grid);
       if (key !== null) {
         const [x, y, weight] = shown.keys.subarray(3 * key, 3 * key + 3);
         Object.assign(found, { x, y, key });
-        found.lines.push(`weight ${amount(weight)} at ${place(y, x)}`);
+        found.lines.unshift(`weight ${amount(weight)} at ${place(y, x)}`);
       }
     }
     if (fade > 0 && shown.heat.length) {
@@ -343,7 +362,7 @@ class Panel {
   nearest(row, col, grid) {
     const { keys } = this.shown;
     const unit = this.unit();
-    const cells = this.shown.marks === "cells";
+    const cells = this.shown.marks !== "points";
     let best = null;
     let least = cells ? 1 : 14;
     for (let k = 0; k < keys.length / 3; k++) {
@@ -413,9 +432,13 @@ class Panel {
     const [x, y, weight] = keys.subarray(3 * key, 3 * key + 3);
     const query = moved(shown.row, shown.col, this.model.get("scene")[0].shape, this.panel.shape);
     let text = `Query ${place(...query)}, cell ${place(...shown.cell)} of ${layer.title}, ${headName(shown.head, layer.heads)}: `;
-    if (shown.tokens) text += tokensName(shown.tokens);
-    else if (key < 0) text += "no keys";
-    else text += `${countName(keys.length / 3, shown.counts, shown.marks === "cells")}, heaviest ${amount(weight)} at ${place(y, x)}`;
+    const parts = [];
+    if (key >= 0 && (!shown.tokens || shown.beside)) {
+      const number = countName(keys.length / 3, shown.counts, shown.marks !== "points");
+      parts.push(`${number}, heaviest ${amount(weight)} at ${place(y, x)}`);
+    }
+    if (shown.tokens) parts.push(tokensName(shown.tokens));
+    text += parts.join("; then ") || "no keys";
     text += routesName(layer.routes);
     const hot = heaviest(heat);
     if (fade > 0 && hot >= 0) {
@@ -427,7 +450,7 @@ class Panel {
     this.meaning.textContent = `${layer.cells.join(" × ")} queries. ${meaning(fade, shown.marks)}`;
     if (fade < 1 && showsRoutes(layer.routes)) this.meaning.textContent += ` ${meaningOfRoutes(layer.routes)}`;
     const rollout = fade > 0.5 && hot >= 0;
-    this.scale.style.visibility = shown.tokens && !rollout ? "hidden" : "visible"; // tokens have colours of their own
+    this.scale.style.visibility = shown.tokens && !shown.beside && !rollout ? "hidden" : "visible"; // tokens have colours of their own
     this.scaleName.textContent = rollout ? "rollout" : "weight";
     this.most.textContent = amount(rollout ? heat[hot] : key < 0 ? 0 : weight);
     const regions = layer.routes ? regionsOf(layer.routes, ...query) : null;
@@ -450,8 +473,9 @@ class Panel {
     if (fade < 1) {
       ink.globalAlpha = 1 - fade;
       if (shown.tokens) this.drawTokens(ink, shown, layer);
+      if (shown.beside) this.drawCells(ink, shown.keys, layer, { size: SMALL });
       else if (shown.marks === "cells") this.drawCells(ink, shown.keys, layer);
-      else this.drawDots(ink, shown.keys);
+      else if (!shown.tokens) this.drawDots(ink, shown.keys);
     }
     if (fade > 0) {
       ink.globalAlpha = fade;
@@ -461,7 +485,7 @@ class Panel {
         const [y, x] = cell.map((n, i) => (n + 0.5) * first.stride[i] - 0.5);
         heat.set([x, y, value], 3 * s);
       });
-      this.drawCells(ink, heat, first, 0.3);
+      this.drawCells(ink, heat, first, { least: 0.3 });
     }
     ink.globalAlpha = 1 - fade;
     if (fade < 1 && showsRoutes(layer.routes)) {
@@ -475,20 +499,27 @@ class Panel {
     this.drawStar(ink);
   }
 
-  /* A cell's box on the screen, on whole pixels and inside the picture. */
-  box(y, x, grid) {
+  /* A cell's box on the screen, on whole pixels and inside the picture; `share` of its sides around its centre. */
+  box(y, x, grid, share = 1) {
     const unit = this.unit();
-    const [left, right] = [-0.5, 0.5].map((side) => Math.round((x + side * grid.stride[1] + 0.5) * unit[0]));
-    const [top, bottom] = [-0.5, 0.5].map((side) => Math.round((y + side * grid.stride[0] + 0.5) * unit[1]));
+    const ends = [-share / 2, share / 2];
+    const [left, right] = ends.map((side) => Math.round((x + side * grid.stride[1] + 0.5) * unit[0]));
+    const [top, bottom] = ends.map((side) => Math.round((y + side * grid.stride[0] + 0.5) * unit[1]));
     return [left, top, Math.min(right, this.canvas.clientWidth) - left, Math.min(bottom, this.canvas.clientHeight) - top];
   }
 
-  drawCells(ink, keys, grid, least = 0.45) {
+  /* Squares that cover the picture the more, the more weight they have; smaller ones have rims. */
+  drawCells(ink, keys, grid, { least = 0.45, size = 1 } = {}) {
     const most = keys[3 * heaviest(keys, 3, 2) + 2] || 1;
     for (let k = 0; k < keys.length; k += 3) {
       const share = keys[k + 2] / most;
-      ink.fillStyle = colour(share, least + (0.9 - least) * share);
-      ink.fillRect(...this.box(keys[k + 1], keys[k], grid));
+      const box = this.box(keys[k + 1], keys[k], grid, size);
+      ink.fillStyle = colour(share, size < 1 ? 1 : least + (0.9 - least) * share);
+      ink.fillRect(...box);
+      if (size === 1) continue;
+      ink.strokeStyle = INK;
+      ink.lineWidth = 0.6;
+      ink.strokeRect(...box);
     }
     if (this.pointed !== null && grid !== this.panel.first) {
       ink.strokeStyle = "white";
@@ -682,7 +713,7 @@ async function unpack(text) {
 
 /* What a layer's queries read, see `pack_rows` of page.py: of a query and head, keys as x, y, weight, and counts. */
 async function layerRows(text, layer) {
-  const { position, count, scale, step, weight } = await unpack(text);
+  const { position, count, scale, step, weight, most: mostPooled, pooled } = await unpack(text);
   const start = new Uint32Array(count.length + 1);
   count.forEach((n, row) => (start[row + 1] = start[row] + n));
   const queries = layer.cells[0] * layer.cells[1];
@@ -699,7 +730,14 @@ async function layerRows(text, layer) {
         sum.set(at, (sum.get(at) ?? 0) + (scale[row] * weight[k]) / most / heads.length);
       }
     }
+    const size = pooled ? pooled.length / count.length : 0;
+    const beside = new Float32Array(size);
+    for (const m of heads) {
+      const row = m * queries + query;
+      for (let n = 0; n < size; n++) beside[n] += (mostPooled[row] * pooled[row * size + n]) / 65535 / heads.length;
+    }
     return {
+      pooled: beside,
       keys: Float32Array.from([...sum].flatMap(([at, w]) => [position[2 * at], position[2 * at + 1], w])),
       counts: heads.map((m) => count[m * queries + query]),
     };

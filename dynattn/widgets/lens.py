@@ -188,6 +188,7 @@ def answer(view: View, *, rollout: bool) -> list[dict[str, Any]]:
                 "cell": list(reading.cell),
                 "keys": reading.keys.astype("<f4").tobytes(),
                 "counts": list(reading.counts),
+                "pooled": (reading.by_number if reading.beside else np.zeros(0)).astype("<f4").tobytes(),
                 "last": last and list(last),
                 "heat": heat.astype("<f4").tobytes(),
             }

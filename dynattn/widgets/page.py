@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, UInt, UInt8
 from PIL import Image
 
 from dynattn.tracing import Record, RegionRoutes
 
-from .panel import MEAN, Panel, View, as_array, first_view, key_for_each_token, make_panels, unique_positions
+from .panel import MEAN, Panel, View, as_array, first_view, key_for_each_token, make_panels, near_keys, unique_positions
 
 FOLDER = Path(__file__).parent
 LARGEST = 5_000_000  # bytes
@@ -90,6 +90,7 @@ def scene(panels: list[Panel], chosen_layers: list[list[str]] | None = None) -> 
                 | _grid(panel.trace[name])
                 | _routes(panel.routes(name))
                 | _tokens(panel, name)
+                | _pooled(panel, name)
                 for name in (chosen_layers[p] if chosen_layers else panel.layers)
             ],
         }
@@ -115,6 +116,12 @@ def _tokens(panel: Panel, name: str) -> dict[str, Any]:
         if any(one is not None for one in each)
         else {}
     )
+
+
+def _pooled(panel: Panel, name: str) -> dict[str, Any]:
+    """The token of every cell, for layers whose queries read tokens beside cells."""
+    found = panel.pooled(name)
+    return {} if found is None else {"pooled": found.tolist()}
 
 
 def _jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
@@ -145,16 +152,18 @@ def pack_rows(record: Record, merged: Int[np.ndarray, " S"] | None = None) -> di
     position (P, 2): all positions that are read, x and y. For each row: count, of its keys; scale, the weight of its
     heaviest. For each key: step, from the position before it to its own; weight, in 255ths of the scale. Where cells
     became tokens it is in 65535ths, since the order of the tokens is shown.
+    Where queries read tokens beside cells, also for each row: most, the weight of its heaviest token; pooled, the
+    weights of all tokens in 65535ths of it.
     """
     (H, W), (height, width) = record.query_shape, record.stride
     # The first pixel of each cell: the centre of the last one may lie outside the image.
     queries = [(i * height, j * width) for i in range(H) for j in range(W)]
-    rows = [record.keys(row, col, head) for head in range(record.heads) for row, col in queries]
+    rows = [near_keys(record, row, col, head) for head in range(record.heads) for row, col in queries]
     if merged is not None:
-        rows = [key_for_each_token(as_array(row), merged, record) for row in rows]
-    xy, weight = (torch.cat([getattr(row, name) for row in rows]).float().cpu().numpy() for name in ("xy", "weight"))
-    position, which = unique_positions(xy)
-    count = np.array([len(row.weight) for row in rows], dtype=np.uint32)
+        rows = [as_array(key_for_each_token(row, merged, record)) for row in rows]
+    xy, weight = np.split(np.concatenate(rows), [2], axis=1)
+    (position, which), weight = unique_positions(xy), weight[:, 0]
+    count = np.array([len(row) for row in rows], dtype=np.uint32)
     row_of = np.repeat(np.arange(len(rows)), count)
     order = np.lexsort((which, row_of))
     which, weight = which[order], weight[order]
@@ -171,13 +180,24 @@ def pack_rows(record: Record, merged: Int[np.ndarray, " S"] | None = None) -> di
         "scale": scale,
         "step": step.astype(np.uint16 if len(position) < 2**16 else np.uint32),
         "weight": share.round().astype(finest),
-    }
+    } | _pack_pooled(record)
 
 
-def quantise(rows: Float[np.ndarray, "L S"]) -> tuple[Float[np.ndarray, " L"], UInt8[np.ndarray, "L S"]]:
-    """Each row's largest number, and the row in 255ths of it."""
+def _pack_pooled(record: Record) -> dict[str, np.ndarray]:
+    """What every query gives in every head to the tokens that it reads beside cells."""
+    each = [record.pooled(head) for head in range(record.heads)]
+    if each[0] is None:
+        return {}
+    scale, share = quantise(torch.cat([one.weight for one in each]).float().cpu().numpy(), np.uint16)
+    return {"most": scale, "pooled": share}
+
+
+def quantise(
+    rows: Float[np.ndarray, "L S"], finest: type = np.uint8
+) -> tuple[Float[np.ndarray, " L"], UInt[np.ndarray, "L S"]]:
+    """Each row's largest number, and the row in 255ths of it, or in as many parts as another type can count."""
     scale = rows.max(axis=1)
-    return scale.astype(np.float32), (255 * rows / scale[:, None]).round().astype(np.uint8)
+    return scale.astype(np.float32), (np.iinfo(finest).max * rows / scale[:, None]).round().astype(finest)
 
 
 def pack(arrays: dict[str, np.ndarray]) -> str:

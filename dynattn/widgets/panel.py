@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynattn.data import read_image, to_input, to_rgb
-from dynattn.tracing import Keys, Record, RegionRoutes, Trace, roll_out, trace
+from dynattn.tracing import Keys, Pooled, Record, RegionRoutes, Trace, roll_out, trace
 
 MEAN = "mean"  # the head that stands for the mean over all heads
 LIKED = ("orange", "blue", "green", "yellow", "purple")  # colours of the tokens that a query reads most
@@ -43,7 +43,8 @@ class Reading:
     """What one query reads in one layer and head of one panel.
 
     cell: (i, j) of the query's cell. keys (n, 3): x, y, weight, in pixels of the image that the model saw. counts: how
-    many keys each head reads, of those that `head` stands for. tokens: those that the keys stand for, if any.
+    many keys each head reads, of those that `head` stands for. tokens: those that the keys stand for, if any; where
+    they are `beside` the keys, the query reads both: its keys are cells as they are.
     """
 
     layer: str
@@ -52,11 +53,17 @@ class Reading:
     keys: Float[np.ndarray, "n 3"]
     counts: tuple[int, ...]
     tokens: TokensRead | None = None
+    beside: bool = False
 
     @property
     def heaviest(self) -> Float[np.ndarray, "3"]:
         """x, y and weight of the key that is read most."""
         return self.keys[self.keys[:, 2].argmax()]
+
+    @property
+    def by_number(self) -> Float[np.ndarray, " n"]:
+        """The weights of the tokens, in the order of their numbers."""
+        return self.tokens.weight[np.argsort(self.tokens.number)]
 
 
 class Panel:
@@ -113,6 +120,11 @@ class Panel:
             return None
         return each[0].cpu().numpy() if int(each[0].max()) + 1 < len(each[0]) else None
 
+    def pooled(self, layer: str) -> Int[np.ndarray, " S"] | None:
+        """The token that stands for every cell, in a layer whose queries read tokens beside cells."""
+        found = self.trace[layer].pooled()
+        return None if found is None else found.merged.cpu().numpy()
+
     def record(self, layer: str) -> Record:
         """The record of a layer, as one that makes each effective matrix once.
 
@@ -130,14 +142,18 @@ class Panel:
         """What the query at pixel (row, col) reads, in a head or in the mean of all."""
         record = self.record(layer)
         heads = range(record.heads) if head == MEAN else [head]
-        each = [as_array(record.keys(row, col, m)) for m in heads]
-        cell = divmod(record.query(row, col), record.query_shape[1])
-        keys, merged = merge(each), self.merged(layer, head)
+        each, pooled = ([read(m) for m in heads] for read in (lambda m: near_keys(record, row, col, m), record.pooled))
+        query, counts = record.query(row, col), tuple(map(len, each))
+        cell, keys, merged = divmod(query, record.query_shape[1]), merge(each), self.merged(layer, head)
+        if pooled[0] is not None:
+            return Reading(layer, head, cell, keys, counts, pooled_read(pooled, query), beside=True)
         tokens = None if merged is None else tokens_read(keys, merged, record)
-        return Reading(layer, head, cell, keys, tuple(map(len, each)), tokens)
+        return Reading(layer, head, cell, keys, counts, tokens)
 
     def marks(self, reading: Reading) -> str:
-        """How a reading is drawn: "tokens", or its keys as "cells" of the layer's map or as "points"."""
+        """How a reading is drawn: "tokens", cells "beside" tokens, or keys as "cells" of the map or "points"."""
+        if reading.beside and len(reading.keys):
+            return "beside"
         if reading.tokens is not None:
             return "tokens"
         return "cells" if on_cells(reading.keys, self.trace[reading.layer]) else "points"
@@ -162,6 +178,12 @@ class Panel:
 def as_array(keys: Keys) -> Float[np.ndarray, "n 3"]:
     """Keys as x, y, weight."""
     return torch.cat([keys.xy, keys.weight[:, None].to(keys.xy)], dim=1).float().cpu().numpy()
+
+
+def near_keys(record: Record, row: float, col: float, head: int) -> Float[np.ndarray, "n 3"]:
+    """The keys of a query as x, y, weight, without those that are tokens beside the others."""
+    keys, pooled = as_array(record.keys(row, col, head)), record.pooled(head)
+    return keys if pooled is None else keys[: len(keys) - pooled.weight.shape[1]]
 
 
 def merge(keys: Sequence[Float[np.ndarray, "n 3"]]) -> Float[np.ndarray, "N 3"]:
@@ -193,6 +215,14 @@ def tokens_read(keys: Float[np.ndarray, "n 3"], merged: Int[np.ndarray, " S"], r
     weight, size = np.bincount(which, keys[:, 2])[number], np.bincount(merged)[number]
     order = np.argsort(-weight, kind="stable")
     return TokensRead(number[order], weight[order], size[order], merged)
+
+
+def pooled_read(pooled: Sequence[Pooled], query: int) -> TokensRead:
+    """The tokens that a query reads beside its cells, in the mean of several heads."""
+    merged = pooled[0].merged.cpu().numpy()
+    weight = torch.stack([one.weight[query] for one in pooled]).float().mean(dim=0).cpu().numpy()
+    order = np.argsort(-weight, kind="stable")
+    return TokensRead(order, weight[order], np.bincount(merged, minlength=len(order))[order], merged)
 
 
 def key_for_each_token(keys: Float[np.ndarray, "n 3"], merged: Int[np.ndarray, " S"], record: Record) -> Keys:
@@ -240,6 +270,11 @@ MEANING = {
     "tokens": (
         "Many cells became one token. Colours: cells of the tokens that the query reads most. White: cells of the "
         "others that it reads; the brighter, the more their token gets."
+    ),
+    "beside": (
+        "Small squares: cells of its window that the query reads; colour: weight. Below them: every window is also one "
+        "token. Colours: cells of the windows that the query reads most. White: the others; the brighter, the more "
+        "their window gets."
     ),
 }
 
@@ -376,14 +411,14 @@ class View:
             f"Query {pixel_name(row, col)}, cell {pixel_name(*reading.cell)} of {panel.titles[reading.layer]}, "
             f"{head_name(reading.head, record.heads)}: "
         )
-        if reading.tokens is not None:
-            said += tokens_name(reading.tokens)
-        elif len(reading.keys):
+        parts = []
+        if len(reading.keys) and (reading.tokens is None or reading.beside):
             x, y, weight = reading.heaviest
-            number = count_name(len(reading.keys), reading.counts, panel.marks(reading) == "cells")
-            said += f"{number}, heaviest {weight:.3g} at {pixel_name(y, x)}"
-        else:
-            said += "no keys"
+            number = count_name(len(reading.keys), reading.counts, panel.marks(reading) != "points")
+            parts.append(f"{number}, heaviest {weight:.3g} at {pixel_name(y, x)}")
+        if reading.tokens is not None:
+            parts.append(tokens_name(reading.tokens))
+        said += "; then ".join(parts) or "no keys"
         said += routes_name(panel.routes(reading.layer))
         if self.fade > 0:
             last, heat = panel.rollout(row, col)

@@ -18,6 +18,7 @@ from dynattn.tracing import Record, RegionRoutes
 from .panel import LIKED, Panel, Reading, TokensRead, View, head_name, meaning, meaning_of_routes, shows_routes
 
 COLOURS = colormaps["viridis"]
+SMALL = 0.5  # of a cell's side: a square that leaves what is below it to be seen
 
 
 def draw(view: View, dpi: int) -> Image.Image:
@@ -35,7 +36,7 @@ def draw(view: View, dpi: int) -> Image.Image:
         (style.mark("*", style.RED, 15, markeredgecolor=style.PAPER), "the query"),
         (style.mark("s", "none", 11, markeredgewidth=1.6), "its cell"),
     ]
-    if any(one.tokens is None for _, one in pairs):
+    if any(one.tokens is None or one.beside for _, one in pairs):
         marks += [
             (style.mark("o", COLOURS(0.1), 6), "keys: little weight"),
             (style.mark("o", COLOURS(1.0), 11), "most weight"),
@@ -76,9 +77,11 @@ def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> 
     if view.fade < 1:
         if reading.tokens is not None:
             tokens(ax, reading.tokens, record, 1 - view.fade)
+        if reading.beside:
+            cells(ax, reading.keys, record, 1 - view.fade, small=True)
         elif panel.marks(reading) == "cells":
             cells(ax, reading.keys, record, 1 - view.fade)
-        else:
+        elif reading.tokens is None:
             dots(ax, reading.keys, 1 - view.fade)
         outline(ax, reading.cell, record, 1 - view.fade)
         if shows_routes(routes := panel.routes(reading.layer)):
@@ -91,14 +94,20 @@ def draw_panel(ax: Axes, view: View, p: int, panel: Panel, reading: Reading) -> 
     style.star(ax, col, row)
 
 
-def cells(ax: Axes, keys: Float[np.ndarray, "n 3"], record: Record, alpha: float, least: float = 0.45) -> None:
-    """A square over each key, its colour the weight; the lightest covers the picture least."""
-    share = keys[:, 2] / keys[:, 2].max()
-    height, width = record.stride
+def cells(
+    ax: Axes, keys: Float[np.ndarray, "n 3"], record: Record, alpha: float, least: float = 0.45, small: bool = False
+) -> None:
+    """A square over each key, its colour the weight; the lightest covers the picture least.
+
+    small: squares with dark rims that leave the rims of their cells free, and cover what is below them.
+    """
+    share = keys[:, 2] / keys[:, 2].max(initial=np.finfo(np.float32).tiny)
+    height, width = (SMALL * side if small else side for side in record.stride)
     boxes = [Rectangle((x - width / 2, y - height / 2), width, height) for x, y, _ in keys]
     colours = COLOURS(share)
-    colours[:, 3] = alpha * (least + (0.9 - least) * share)
-    ax.add_collection(PatchCollection(boxes, facecolors=colours, linewidths=0, antialiaseds=False, zorder=2))
+    colours[:, 3] = alpha * (1 if small else least + (0.9 - least) * share)
+    look = dict(linewidths=0.6, edgecolors=style.INK) if small else dict(linewidths=0)
+    ax.add_collection(PatchCollection(boxes, facecolors=colours, **look, antialiaseds=False, zorder=2 + small))
 
 
 def tokens(ax: Axes, read: TokensRead, record: Record, alpha: float) -> None:
