@@ -301,10 +301,12 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
             tables |= its
     answers = [[answer_to(one, picture) for one in subjects] for picture in pictures]
     clear = "; no colour: background" if names_of(subject)[0] == NAMES[0] else ""
+    if clear and not any(labels.any() for row in answers for labels in row):
+        clear += ", the answer for every pixel here"
     clear += "; white: the edge of the object" * (pictures[0].mask is not None)
     title = title if len(subjects) > 1 else title.partition(":")[0]  # beside nothing
     caption = (
-        f"The class of each pixel{clear}. {differences(found, to)}{conditions(setting, subjects)}"
+        f"The class of each pixel{clear}. {differences(found, to)}{conditions(setting, subjects, known)}"
         f"{seen_in_words(pictures, known, measures[0].n if measures else 0)}"
     )
     columns = ["photograph", *["truth"] * known, *names]
@@ -323,14 +325,14 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
     return Drawing(sheet.figure, caption, pictures, measures, [one.story for one in subjects], tables)
 
 
-def conditions(setting: Setting, subjects: Sequence[Subject]) -> str:
-    """The checkpoints in words; that one seed decides nothing."""
+def conditions(setting: Setting, subjects: Sequence[Subject], known: bool = True) -> str:
+    """The checkpoints in words; of what is measured, that one seed decides nothing."""
     made = [
         one.story["file"] + (f" (seed {one.story['seed']}, {one.story['steps']} steps)" if "seed" in one.story else "")
         for one in subjects
     ]
     H, W = setting.subject.size
-    several = " One seed each: what another seed would change is not in the errors." if len(subjects) > 1 else ""
+    several = " One seed each: what another seed would change is not in the errors." * (known and len(subjects) > 1)
     return f"Weights: {listed(made)}, at {H} × {W}.{several} "
 
 
