@@ -8,6 +8,9 @@ figures: $(ENVIRONMENT)  ## draw the figures into figures/ and print what they m
 	.venv/bin/dynattn figures --paper dat
 	.venv/bin/dynattn figures --paper dgt
 	.venv/bin/dynattn figures --paper debiformer
+	.venv/bin/dynattn figures --paper sgformer
+	.venv/bin/dynattn figures --paper setr
+	.venv/bin/dynattn figures --paper hlg
 
 test: $(ENVIRONMENT)  ## the tests of every day: five minutes on two cores
 	.venv/bin/pytest -n 2

@@ -20,7 +20,7 @@ Equation tags such as DAT-8 (paper, number) stand wherever an equation becomes c
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index
@@ -295,6 +295,38 @@ def bilinear_weights(points: Float[Tensor, "*batch N 2"], shape: tuple[int, int]
 # ---------------------------------------------------------------------------------------------------------------------
 # Heads and dense attention (DAT equations 2 and 3)
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get."""
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which decides by itself what lies where
+    return F.gelu(x) if graph or torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+class GELU(nn.Module):
+    """`gelu` as a layer, behind a layer whose output nobody else reads."""
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return gelu(x)
+
+
+PART = 2_000_000  # numbers of a map, 8 MB of float32: a CPU keeps that near, and need not ask for new memory
+
+
+def by_images(
+    layer: nn.Module, function: Callable, x: Float[Tensor, "B H W C"], numbers: int
+) -> Float[Tensor, "B h w out"]:
+    """function(x), on a CPU without gradients for a few images at a time: what lies in between then stays in the cache.
+
+    layer: whose function it is; where a part of it is in training mode, all images are computed at once, since batch
+    norm looks at all of them. numbers: that the largest map in between has for one image. A hook on a part of the layer
+    is called with a few images too.
+    """
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if graph or torch.is_grad_enabled() or x.device.type != "cpu" or any(part.training for part in layer.modules()):
+        return function(x)
+    parts = -(-x.shape[0] // max(1, PART // numbers))
+    return function(x) if parts < 2 else torch.cat([function(images) for images in x.chunk(parts)])
 
 
 def split_heads(x: Float[Tensor, "B H W C"], heads: int) -> Float[Tensor, "B h L d"]:

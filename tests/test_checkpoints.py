@@ -16,6 +16,7 @@ from dynattn.figures.tables import ALL, summary
 from dynattn.official import model_from
 from dynattn.tracing import trace
 from dynattn.training import evaluate
+from dynattn.training.tasks import class_maps, evaluate_segmentation
 
 SEEDS = ("dat_mini", "dat_mini_seed1", "dat_mini_seed2")
 GROUPED = ("dgt_mini", "dgt_mini_seed1", "dgt_mini_seed2")
@@ -37,8 +38,12 @@ TABLES = tuple(
     )
     for seed in ("", "_seed1", "_seed2")
 )
-PAPERS = (*SEEDS, *GROUPED, *BILEVEL, *BILEVEL_SEEDS, *SELF_GUIDED)
-EVERY = (*PAPERS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered", *STEPS, *TABLES)
+SEGMENTERS = (
+    *(f"setr_{decoder}_mini{end}" for decoder in ("naive", "pup", "mla") for end in ("", "_no_aux")),
+    *("setr_pup_hlg_mini", "fcn_mini", "pvt_seg_mini"),
+)
+PAPERS = (*SEEDS, *GROUPED, *BILEVEL, *BILEVEL_SEEDS, *SELF_GUIDED, "hlg_mini")
+EVERY = (*PAPERS, *SEGMENTERS, *COMPARED, *SWEEP, *GROUPED_SWEEP, "dgt_cluttered", *STEPS, *TABLES)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +62,17 @@ def test_a_checkpoint_tells_how_it_was_made(name):
     file = weights.path(name)
     _, story = weights.read(file)
     assert story["command"].startswith("dynattn train ") and f"--seed {story['seed']}" in story["command"]
-    assert story["classes"] == list(CLASSES)
+    assert story["classes"] == ["background"] * (name in SEGMENTERS) + list(CLASSES)
     assert file.stat().st_size <= 4_000_000
     if name in STEPS[1:]:
         return  # of a step in between: the log is of the whole run
     last = file.with_suffix(".csv").read_text().splitlines()[-1].split(",")
     assert int(last[0]) == story["steps"]
-    assert float(last[-1]) == pytest.approx(story["accuracy"], abs=0.01)  # the log's is before rounding to half
+    measured = story["mean_iou" if name in SEGMENTERS else "accuracy"]
+    assert float(last[-1]) == pytest.approx(measured, abs=0.01)  # the log's is before rounding to half
 
 
-@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", *BILEVEL, "sgformer_mini"])
+@pytest.mark.parametrize("name", ["dat_mini", "dgt_mini", *BILEVEL, "sgformer_mini", "hlg_mini"])
 def test_minis_are_small(name):
     assert sum(p.numel() for p in create_model(name).parameters()) <= 1_900_000
 
@@ -138,6 +144,15 @@ FLOORS = {
     "biformer_mini": 0.8,
     "debiformer_mini": 0.8,
     "sgformer_mini": 0.85,
+    "hlg_mini": 0.8,
+}
+OVERLAPS = {
+    "setr_naive_mini": 0.45,
+    "setr_pup_mini": 0.55,
+    "setr_mla_mini": 0.45,
+    "setr_pup_hlg_mini": 0.45,
+    "fcn_mini": 0.3,
+    "pvt_seg_mini": 0.3,
 }
 
 
@@ -150,6 +165,16 @@ def test_accuracy_on_held_out_photographs(name, floor, held_out):
     claimed = weights.read(weights.path(name))[1]["accuracy"]
     assert abs(accuracy - claimed) < 3 * (claimed * (1 - claimed) / len(labels)) ** 0.5 + 1e-3
     assert accuracy >= floor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, floor", OVERLAPS.items())
+def test_overlap_on_held_out_photographs(name, floor):
+    """Mean IoU of a model that segments: what the file says of itself is what the model does."""
+    images, labels, masks = (part[:400] for part in cached(Shapes("cluttered", "test", 64, 1000), progress=False))
+    found = evaluate_segmentation(create_model(name, pretrained=True), images, class_maps(labels, masks))
+    claimed = weights.read(weights.path(name))[1]["mean_iou"]
+    assert found["mean_iou"] >= floor and abs(found["mean_iou"] - claimed) < 0.08  # 400 images of 1000
 
 
 def test_random_weights_do_not_find_the_object(held_out):

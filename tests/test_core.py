@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DOUBLE, normal, somewhere
+from torch import nn
 
 from dynattn import core, ops, verify
 from dynattn.core import sample_points_torch
@@ -290,3 +291,55 @@ def test_an_exported_order_is_as_stable_as_any_other(monkeypatch, descending):
     assert torch.equal(want, values.argsort(dim=-1, descending=descending, stable=True))
     monkeypatch.setattr(core, "exporting", lambda: True)
     assert torch.equal(core.stable_order(values, descending=descending), want)
+
+
+# ------------------------------------------------------------------------------------------- a few images at a time
+
+
+class Watched(nn.Module):
+    """A linear layer and a batch norm that say how many images they got."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.seen = nn.Linear(4, 6), nn.BatchNorm2d(6), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return core.by_images(self, self.of_some, x, 10 * 6)
+
+    def of_some(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        return core.gelu(self.norm(self.linear(x).movedim(-1, 1))).movedim(1, -1)
+
+
+@pytest.mark.parametrize(("part", "seen"), [(60, [1] * 5), (120, [2, 2, 1]), (299, [3, 2]), (300, [5]), (1, [1] * 5)])
+def test_a_few_images_at_a_time(monkeypatch, part, seen):
+    """As many as fit, in even parts, and the same numbers come out."""
+    layer, x = Watched().double().eval(), normal(5, 2, 5, 4)
+    whole = layer(x)
+    assert layer.seen == [5]  # gradients are kept
+    monkeypatch.setattr(core, "PART", part)
+    layer.seen.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+    assert layer.seen == seen
+
+
+def test_batch_norm_sees_all_images(monkeypatch):
+    """Where it learns, without gradients too, and where it alone is in training mode."""
+    monkeypatch.setattr(core, "PART", 60)
+    for mode in (lambda layer: layer.train(), lambda layer: layer.eval().norm.train()):
+        layer = Watched().double()
+        mode(layer)
+        with torch.no_grad():
+            layer(normal(5, 2, 5, 4))
+        assert layer.seen == [5] and layer.norm.num_batches_tracked == 1
+
+
+def test_gelu_overwrites_where_no_gradient_is_kept():
+    x = normal(20)
+    expected, given = F.gelu(x), x.clone()
+    torch.testing.assert_close(core.GELU()(given), expected)
+    assert torch.equal(given, x)
+    with torch.no_grad():
+        assert core.gelu(given) is given
+    torch.testing.assert_close(given, expected)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 MODELS_OF_PAPERS = ["dat_mini", "dgt_mini", "biformer_mini", "debiformer_mini", "sgformer_mini", "hlg_mini"]
+MODELS_OF_PAPERS += ["setr_naive_mini", "setr_pup_mini", "setr_mla_mini", "setr_pup_hlg_mini"]
 
 MODELS = """
     import io, os, sys, warnings
@@ -23,11 +24,17 @@ MODELS = """
                       strides=(2, 1), kernels=(3, 3))
     DGT = TINY | dict(dims=(8, 16), depths=(1, 1), heads=(2, 2), groups=3, keys=5, head_dim=8)
     ROUTED = TINY | dict(dims=(8, 16), depths=(2, 2), heads=(2, 2), regions=3, topk=(2, 4))
+    HLG = dict(dims=(48, 96), depths=(2, 1), heads=(2, 2), window=4)
+    SETR = dict(dim=16, depth=2, heads=2, channels=8)
     SMALL = dict(dat_mini=DAT, dgt_mini=DGT, biformer_mini=ROUTED | dict(topk=(2,)),
                  debiformer_mini=ROUTED | dict(groups=(1, 2), agent_topk=(2, 4), strides=(2, 1), kernels=(3, 3)),
                  sgformer_mini=TINY | dict(dims=(8, 16), depths=(2, 1), heads=(2, 2), scales=((2, 1),),
                                            rates=((4, 2),), window=4),
-                 hlg_mini=TINY | dict(dims=(48, 96), depths=(2, 1), heads=(2, 2), window=4))
+                 hlg_mini=TINY | HLG,
+                 setr_naive_mini=TINY | SETR | dict(layers=(2,), aux_layers=(1,)),
+                 setr_pup_mini=TINY | SETR | dict(layers=(2,), aux_layers=(1,)),
+                 setr_mla_mini=TINY | SETR | dict(layers=(1, 2)),
+                 setr_pup_hlg_mini=TINY | HLG | dict(channels=32, decoder_heads=2, aux_stage=1))
     def model(name):
         return dynattn.create_model(name, **SMALL.get(name, TINY)).eval()
     def image(*shape):

@@ -96,6 +96,14 @@ def test_tables_7_and_12_to_14(rows):
     assert round(rows["hlg_small_dwmlp"]["macs"] / 1e9, 2) == 4.27
 
 
+def test_gains_that_tables_print():
+    """In points: of dilated windows and of local attention. The text has 0.64 and 1.0."""
+    value = lambda name: float(cost.published(name)["value"])  # noqa: E731
+    dilated = value("hlg_tiny_plain_dilated_7") - value("hlg_tiny_plain_plain")
+    local = value("hlg_small_shared_local") - value("hlg_small_dwmlp")
+    assert (round(dilated, 2), round(local, 1)) == (0.53, 1.6)
+
+
 def test_two_stem_convolutions(unchecked):
     """As the code lies in its repository: parameters as measured there, and 9 C^2 + 2 C more than with one."""
     expected = {"hlg_mobile": 4_350_188, "hlg_tiny": 11_035_824, "hlg_small": 24_273_004}

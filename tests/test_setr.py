@@ -113,6 +113,31 @@ def test_numbers_that_the_paper_prints():
     assert [said[f"setr_{d}_large"]["value"] for d in ("mla", "pup")] == ["77.24", "79.34"]  # of 80,000 steps
 
 
+def test_layers_that_heads_read():
+    """The paper's of T-Large; the published code's of T-Base."""
+    read = {name: (model := on_meta(name)) and (model.layers, model.aux_layers) for name in NAMES}
+    assert read == {
+        "setr_naive_large": ((24,), (10, 15, 20)),
+        "setr_pup_large": ((24,), (10, 15, 20, 24)),
+        "setr_mla_large": ((6, 12, 18, 24), ()),
+        "setr_naive_base": ((12,), (3, 6, 9)),
+        "setr_pup_base": ((12,), (5, 8, 10, 12)),
+        "setr_mla_base": ((3, 6, 9, 12), ()),
+    }
+
+
+def test_table_7_has_another_vit(unchecked):
+    """307 M and 44.3 G are of patches of 32 pixels, with norms and without the two products of attention."""
+    counted = {}
+    for patch in (32, 16):
+        with torch.device("meta"):
+            model = timm.create_model(f"vit_large_patch{patch}_384")
+        products = len(model.blocks) * 2 * ((384 // patch) ** 2 + 1) ** 2 * model.embed_dim
+        found = cost.count(model, 384)
+        counted[patch] = round(found.params / 1e6, 1), round((found.macs_fvcore - products) / 1e9, 1)
+    assert counted == {32: (306.6, 44.3), 16: (304.7, 174.8)}
+
+
 @pytest.mark.slow
 def test_the_table_beside_the_paper(unchecked):
     """Parameters as printed, but for what notes explain; multiply-adds of the encoder's rows as printed."""
@@ -320,10 +345,10 @@ def test_weights_that_do_not_fit(unchecked):
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize("size", [(1, 1), (31, 70), (16, 97), (100, 48)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (31, 70), (16, 97), (100, 48), (176, 208)], ids=str)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_odd_sizes(decoder, size):
-    """Logits of every pixel, and both images are computed alone."""
+    """Logits of every pixel, and both images are computed alone. The last has 3 x 48 tokens with its class token."""
     model, images = small(decoder), deterministic.image(2, size)
     with torch.no_grad():
         logits, aux = model(images, aux=True)

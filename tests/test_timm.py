@@ -33,6 +33,9 @@ def test_the_registry_has_them():
         "biformer_mini",
         "debiformer_mini",
         "sgformer_mini",
+        "hlg_mini",
+        "setr_pup_mini",
+        "setr_pup_hlg_mini",
     } <= set(shipped)
     assert [name for name in dynattn.list_models() if timm.is_model_pretrained(name)] == shipped
 

@@ -21,7 +21,7 @@ from dynattn import core, plugins
 from . import gallery
 from .evidence import class_map, contribution, receptive_field
 from .run import Paper, Plan, Setting
-from .subjects import load_subject, squeezed
+from .subjects import Subject, load_subject, squeezed
 
 __all__ = ["FIGURES", "Paper", "Plan", "Setting", "class_map", "contribution", "draw", "receptive_field", "register"]
 
@@ -81,6 +81,7 @@ def draw(
     setting = Setting(about, subject, image, seed, progress)
     numbers = chosen(plans, only, image is not None, weights is not None or model is not None)
     setting.check()
+    numbers = fitting(plans, numbers, only, subject)
     if setting.own and (shape := squeezed(setting.own)):
         print(shape)
     networks = {network: n for number in numbers for network, n in plans[number].networks(setting).items()}
@@ -112,6 +113,18 @@ def default_folder(image: Any, weights: str | PathLike | None, model: str | None
 def called(number: int | str) -> str:
     """A figure in words; a table has a name."""
     return number if isinstance(number, str) else f"figure {number}"
+
+
+def fitting(
+    plans: dict[int | str, Plan], numbers: list[int | str], only: Sequence[int | str] | None, subject: Subject
+) -> list[int | str]:
+    """Those figures that can be drawn of the model; what is left out is told, and an error if it was asked for."""
+    reasons = {number: reason for number in numbers if (reason := plans[number].unfit(subject))}
+    for number, reason in reasons.items():
+        if only is not None:
+            raise ValueError(f"only: {called(number)} {reason}")
+        print(f"{called(number)} is left out: it {reason}")
+    return [number for number in numbers if number not in reasons]
 
 
 def chosen(

@@ -26,13 +26,14 @@ from .drawing import (
     object_key,
     of_layers,
     of_the_subject,
+    queries,
     share,
     size_of,
     unmasked,
 )
 from .measures import evaluate_points, image_share, move, propagate, reach, received
 from .run import Drawing, Paper, Plan, Setting
-from .subjects import RANDOM, SEED, Picture, Subject, load_subject
+from .subjects import RANDOM, SEED, Subject, load_subject
 from .tables import ALL, NETWORK, Measure, at, joined, summary
 
 # Test images, chosen for a spread of classes, places and backgrounds, not by what a model makes of them.
@@ -362,23 +363,6 @@ def beside(t: Trace, other: Trace) -> tuple[list[Record], list[Record]]:
     maps = by_map(t)
     deformable = next((layers for layers in maps if layers[0].stride == last.stride), maps[-1])
     return deformable, [record for record in windows or [last] if record.query_shape == last.query_shape]
-
-
-def queries(picture: Picture) -> list[tuple[float, float]]:
-    """Two image pixels (row, col): one on the object, one in the background.
-
-    On: the object's pixel that is nearest to its centroid. Off: of a grid of 6 x 6 pixels, an eighth inside the image,
-    the one whose nearest pixel of the object is farthest. Where no mask tells, the object is taken to be at the centre.
-    """
-    H, W = picture.shape
-    there = torch.tensor([[(H - 1) / 2, (W - 1) / 2]])
-    if picture.mask is not None:
-        h, w = picture.mask.shape
-        there = (4 * torch.from_numpy(picture.mask[::4, ::4]).nonzero() + 0.5) * torch.tensor([H / h, W / w]) - 0.5
-    on = there[(there - there.mean(dim=0)).norm(dim=1).argmin()]
-    grid = torch.cartesian_prod(*((torch.arange(1, 7) + 0.5) * side / 8 - 0.5 for side in (H, W)))
-    off = grid[torch.cdist(grid, there).min(dim=1).values.argmax()]
-    return [tuple(on.tolist()), tuple(off.tolist())]
 
 
 def draw_query(ax: Axes, record: Record, row: float, col: float) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
+from torch import nn
 
 from dynattn.tracing import Record, Trace, trace
 
@@ -28,6 +30,11 @@ NAMES = {
     "image": "offsets that depend on the image",
     "hires": "HiResCAM on the object",
     "grad": "Grad-CAM on the object",
+    "reads": "attention on the object, of points on it",
+    "reads_off": "attention on the object, of points off it",
+    "rolled": "rollout on the object, of points on it",
+    "rolled_off": "rollout on the object, of points off it",
+    "apart": "colour variance between object and rest",
     "half": "part of the image with half of the class map",
 }
 
@@ -46,9 +53,14 @@ def of_layers(setting: Setting) -> dict[str, int]:
     return of_the_subject(setting) | chosen
 
 
-def ground(ax: Axes, picture: Picture) -> None:
-    """The photograph, with the object's outline if it is known."""
-    style.photograph(ax, picture.shown, picture.shape)
+def with_twin(setting: Setting) -> dict[str, nn.Module]:
+    """What is drawn: the subject, and a random network."""
+    return {"trained": setting.subject.model, RANDOM: setting.twins[RANDOM]}
+
+
+def ground(ax: Axes, picture: Picture, *, veil: float = 0.35) -> None:
+    """The photograph under a veil, with the object's outline if it is known."""
+    style.photograph(ax, picture.shown, picture.shape, veil=veil)
     if picture.mask is not None:
         style.outline(ax, picture.mask, picture.shape)
 
@@ -64,6 +76,23 @@ def aspect_of(pictures: Sequence[Picture]) -> float:
     """Height over width of the panels: a user's photograph keeps its own."""
     h, w = pictures[0].shown.shape[:2]
     return h / w
+
+
+def queries(picture: Picture) -> list[tuple[float, float]]:
+    """Two image pixels (row, col): one on the object, one in the background.
+
+    On: the object's pixel that is nearest to its centroid. Off: of a grid of 6 x 6 pixels, an eighth inside the image,
+    the one whose nearest pixel of the object is farthest. Where no mask tells, the object is taken to be at the centre.
+    """
+    H, W = picture.shape
+    there = torch.tensor([[(H - 1) / 2, (W - 1) / 2]])
+    if picture.mask is not None:
+        h, w = picture.mask.shape
+        there = (4 * torch.from_numpy(picture.mask[::4, ::4]).nonzero() + 0.5) * torch.tensor([H / h, W / w]) - 0.5
+    on = there[(there - there.mean(dim=0)).norm(dim=1).argmin()]
+    grid = torch.cartesian_prod(*((torch.arange(1, 7) + 0.5) * side / 8 - 0.5 for side in (H, W)))
+    off = grid[torch.cdist(grid, there).min(dim=1).values.argmax()]
+    return [tuple(on.tolist()), tuple(off.tolist())]
 
 
 def size_of(record: Record) -> str:

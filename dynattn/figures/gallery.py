@@ -32,7 +32,7 @@ def entry(paper: str, number: int | str, plan: Plan, drawing: Drawing, setting: 
         "caption": drawing.caption,
         "weights": drawing.weights,
         "images": [picture.name for picture in drawing.pictures],
-        "image_size": list(drawing.pictures[0].shape),
+        "image_size": list(drawing.pictures[0].shape if drawing.pictures else setting.subject.size),
         "seed_of_random_weights": setting.seed,
         "measures": [measure.entry() for measure in drawing.measures],
         "networks": {name: records(summary(table)) for name, table in drawing.networks.items()},
@@ -117,7 +117,8 @@ def readme(entries: list[dict[str, Any]]) -> str:
         parts.append(f"### {item['title']}\n\n![{item['title']}]({item['file']})\n\n{item['caption']}\n")
         rows = ["| measure | trained | random weights | another image's mask |", "| --- | --- | --- | --- |"]
         rows += ["| " + " | ".join(cells(Measure.read(measure))) + " |" for measure in item["measures"]]
-        parts.append("\n".join(rows) + "\n")
+        if item["measures"]:
+            parts.append("\n".join(rows) + "\n")
         commands = {w["file"]: w.get("command") for w in item["weights"]}
         parts += [f"`{file}` was made by `{command}`.\n" for file, command in commands.items() if command]
     return "\n".join(parts)

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dynattn import weights
-from dynattn.data import cached
+from dynattn.data import Shapes, cached
 from dynattn.tracing import trace
 
 from . import recorded
@@ -59,6 +59,7 @@ class Plan:
     title: str
     draw: Callable[["Setting"], Drawing]
     networks: Callable[["Setting"], dict[str, int]]
+    unfit: Callable[[Subject], str] = lambda subject: ""  # why it cannot be drawn of a model; empty where it can
     compares: str = ""  # checkpoints whose names begin so, on many images; it is left out where there are none of them
     package: str = ""  # that it imports and that not every installation has; it is left out where there is none
     advice: str = ""  # how to get the package
@@ -85,7 +86,7 @@ class Paper:
     shipped: the model that is drawn unless another is asked for. kind: of the records that a model must have.
     evaluate: takes a model, images, masks, labels and bar=, and returns a table, as `evaluate_points` does. twins:
     random networks like the subject, by names that begin with "random weights"; random: what distinguishes them, in
-    words.
+    words. level: of the test images.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Paper:
     twins: Callable[["Setting"], dict[str, nn.Module]]
     random: tuple[str, ...]
     plans: dict[int | str, Plan]
+    level: str = "easy"
 
 
 def unique(subject: Subject, network: str) -> str:
@@ -128,12 +130,18 @@ class Setting:
     @property
     def count(self) -> int:
         """How many test images are measured: fewer of large ones."""
-        return 250 if max(self.subject.size) <= 128 else 40
+        side = max(self.subject.size)
+        return 250 if side <= 128 else 40 if side <= 384 else 8
 
     @cached_property
     def test_set(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, labels and masks of the test split at the model's size."""
-        return cached(test_split(max(self.subject.size), self.count), progress=self.progress)
+        return cached(self.split, progress=self.progress)
+
+    @property
+    def split(self) -> Shapes:
+        """The same, made one by one."""
+        return test_split(max(self.subject.size), self.count, self.paper.level)
 
     @cached_property
     def own(self) -> Picture | None:
@@ -144,15 +152,15 @@ class Setting:
         """The user's photograph alone, else test images and sample photographs."""
         if self.own:
             return [self.own]
-        size = self.subject.size
-        return [test_picture(i, size) for i in indices] + [sample_picture(name, size) for name in samples]
+        size, level = self.subject.size, self.paper.level
+        return [test_picture(i, size, level) for i in indices] + [sample_picture(name, size) for name in samples]
 
     @cached_property
     def few(self) -> UInt8[np.ndarray, "n 3 H W"]:
         """The first test images, for the statistics of random networks; beside a photograph no more are made."""
         if self.image is None:
             return self.test_set[0][:FEW]
-        images = test_split(max(self.subject.size), self.count)
+        images = self.split
         return np.stack([images[i][0].numpy() for i in range(min(FEW, len(images)))])
 
     # ------------------------------------------------------------------------------------------------------- networks

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from matplotlib import patheffects
+from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PatchCollection
@@ -26,6 +26,7 @@ GREEN, YELLOW, PURPLE, NAVY, RUST = "#00B07C", "#F0E442", "#CC79A7", "#0072B2", 
 GROUPS = (ORANGE, BLUE, GREEN, YELLOW, PURPLE, NAVY, RUST, INK)  # of queries, or of offsets
 HEAT = LinearSegmentedColormap.from_list("heat", ["#8B0A1E00", "#E8112D99", "#F28E00D0", "#F0E442E0"])
 FIELD = LinearSegmentedColormap.from_list("field", ["#0B0B1E", "#27306E", "#2F7FB8", "#7FD0C6", "#FCF7C8"])
+VIRIDIS = colormaps["viridis"]
 WIDTH = 12.0
 DPI = 160
 TITLE, LABEL, SMALL = 19, 15, 11.5  # points
@@ -355,6 +356,32 @@ def cells(ax: Axes, values: Float[np.ndarray, "h w"], shape: tuple[int, int]) ->
     H, W = shape
     about = dict(extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation="nearest", aspect=ax.get_aspect(), zorder=1.5)
     ax.imshow(HEAT(values**0.5), **about)  # most cells are far below the largest
+
+
+def colours(ax: Axes, values: UInt8[np.ndarray, "h w 3"], shape: tuple[int, int]) -> None:
+    """A map of colours in the place of the photograph, each cell in one colour."""
+    H, W = shape
+    extent = (-0.5, W - 0.5, H - 0.5, -0.5)
+    ax.imshow(values, extent=extent, interpolation="nearest", aspect=ax.get_aspect(), zorder=1.5)
+
+
+def tag(ax: Axes, text: str) -> None:
+    """A name in the corner of a panel."""
+    box = dict(boxstyle="square,pad=0.15", facecolor=PAPER, edgecolor="none", alpha=0.85)
+    ax.text(0.03, 0.97, text, transform=ax.transAxes, fontsize=SMALL, color=INK, va="top", bbox=box, zorder=5)
+
+
+def tiles(ax: Axes, values: Float[np.ndarray, "I J h w"], low: float) -> None:
+    """Rows and columns of maps with a gap between them, in colours from `low` to 1."""
+    rows, columns, h, w = values.shape
+    gap = max(1, round(max(h, w) / 12))
+    page = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap), np.nan)
+    for i in range(rows):
+        for j in range(columns):
+            page[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = values[i, j]
+    ax.imshow(page, cmap=VIRIDIS, vmin=low, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
 
 
 def contributions(ax: Axes, field: Float[np.ndarray, "H W"]) -> None:

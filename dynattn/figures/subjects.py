@@ -18,6 +18,7 @@ from dynattn.official import model_from
 SHARP = 512  # side at which test images are drawn: `Shapes` has the same scene at any size
 TEST_COUNT = 1000  # items of the test split, as training tests on
 RANDOM, SEED = "random weights", "seed "
+BACKGROUND = "background"  # the class of pixels without an object
 CROPS = {"chelsea": (110, 0, 410, 300), "flower": (120, 0, 547, 427)}  # squares around the subject
 
 
@@ -39,8 +40,8 @@ class Subject:
 
     @property
     def knows_shapes(self) -> bool:
-        """Whether its classes are those of the test images."""
-        return list(self.story.get("classes", ())) == list(CLASSES)
+        """Whether its classes are those of the test images, of whole images or of pixels."""
+        return [name for name in self.story.get("classes", ()) if name != BACKGROUND] == list(CLASSES)
 
 
 def load_subject(file: str | Path | None = None, name: str | None = None) -> Subject:
@@ -65,7 +66,7 @@ def load_subject(file: str | Path | None = None, name: str | None = None) -> Sub
         arguments = story["arguments"]
     else:
         story, arguments = {}, {"num_classes": model.num_classes, "img_size": model.img_size}
-    told = ("command", "seed", "steps", "accuracy", "classes")
+    told = ("command", "seed", "steps", "accuracy", "mean_iou", "classes")
     story = {"file": file.name, "model": found} | {key: story[key] for key in told if key in story}
     return Subject(model, found, arguments, story, own)
 
@@ -110,15 +111,15 @@ class Picture:
         return tuple(self.x.shape[-2:])
 
 
-def test_split(side: int, large: int) -> Shapes:
+def test_split(side: int, large: int, level: str = "easy") -> Shapes:
     """The test images at a size; of images larger than 128 pixels the first `large`."""
-    return Shapes("easy", "test", side, TEST_COUNT if side <= 128 else large)
+    return Shapes(level, "test", side, TEST_COUNT if side <= 128 else large)
 
 
-def test_picture(index: int, size: tuple[int, int]) -> Picture:
+def test_picture(index: int, size: tuple[int, int], level: str = "easy") -> Picture:
     """A test image of `Shapes`, shown sharper than the model sees it."""
-    seen, label, _ = Shapes("easy", "test", max(size), TEST_COUNT)[index]
-    shown, _, mask = Shapes("easy", "test", SHARP, TEST_COUNT)[index]
+    seen, label, _ = Shapes(level, "test", max(size), TEST_COUNT)[index]
+    shown, _, mask = Shapes(level, "test", SHARP, TEST_COUNT)[index]
     shown = shown.movedim(0, -1).numpy()
     return Picture(f"test image {index} ({CLASSES[label]})", to_input(seen, size)[0], shown, mask.numpy(), label)
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynattn import create_model, papers, verify, weights
 from dynattn.data import Shapes
@@ -118,6 +118,24 @@ def agree(
         assert max(apart) < 1e-10
         rows.append((name, *(f"{a:.1e}" for a in apart)))
     table((f"largest relative difference from {judge}", *forms), rows)
+
+
+def found(operation: str) -> str:
+    """Every mistake that `verify` knows of an operation, in words. Raises AssertionError for one that it overlooks."""
+    mistakes = verify.registry.known(operation).mistakes
+    for mistake, wrong in mistakes.items():
+        try:
+            verify.check(operation, wrong)
+        except verify.Mismatch:
+            continue
+        raise AssertionError(f"{operation}: {mistake} is overlooked")
+    return f"`{operation}`, {len(mistakes)} mistakes, all found: {'; '.join(mistakes)}."
+
+
+def on_meta(name: str, **options) -> nn.Module:
+    """A model without numbers: to be counted."""
+    with torch.device("meta"):
+        return create_model(name, **options)
 
 
 def normal(*shape: int) -> Float[Tensor, "..."]:

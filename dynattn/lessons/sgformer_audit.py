@@ -1,10 +1,8 @@
 """The layers and proofs of the audit of SG-Former, `notebooks/audit/03_sgformer.ipynb`."""
 
-import torch
 from torch import nn
 
-import dynattn
-from dynattn import verify
+from dynattn.lessons.notebook import found, on_meta  # noqa: F401  (the notebook has both from here)
 from dynattn.mechanisms.dense import DenseAttention
 from dynattn.mechanisms.hybrid_scale import HybridScaleAttention
 from dynattn.mechanisms.self_guided import SelfGuidedAttention
@@ -23,21 +21,3 @@ def stage(number: int) -> tuple[int, int, dict[str, nn.Module]]:
         "self-guided": SelfGuidedAttention(C, heads, RATES[number - 1], parts=2),
     }
     return side, C, {name: layer.eval().requires_grad_(False) for name, layer in layers.items()}
-
-
-def on_meta(name: str, **options) -> nn.Module:
-    """A model without numbers: to be counted."""
-    with torch.device("meta"):
-        return dynattn.create_model(name, **options)
-
-
-def found(operation: str) -> str:
-    """Every mistake that `verify` knows of an operation, in words. Raises AssertionError for one that it overlooks."""
-    mistakes = verify.registry.known(operation).mistakes
-    for mistake, wrong in mistakes.items():
-        try:
-            verify.check(operation, wrong)
-        except verify.Mismatch:
-            continue
-        raise AssertionError(f"{operation}: {mistake} is overlooked")
-    return f"`{operation}`, {len(mistakes)} mistakes, all found: {'; '.join(mistakes)}."

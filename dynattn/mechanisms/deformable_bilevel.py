@@ -52,10 +52,15 @@ class ConvFFN(nn.Module):
         self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        wide = x.shape[1] * x.shape[2] * self.depthwise.in_channels
+        return core.by_images(self, self.of_some, x, wide)
+
+    def of_some(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        """The same for as many images as are near at once."""
         conv = self.depthwise  # the identity is one more in the centre of its kernel: no addition of the widest map
         kernel = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         x = F.conv2d(rearrange(self.expand(x), "B H W C -> B C H W"), kernel, conv.bias, padding=1, groups=conv.groups)
-        return self.reduce(rearrange(F.gelu(x), "B C H W -> B H W C"))
+        return self.reduce(rearrange(core.gelu(x), "B C H W -> B H W C"))
 
 
 class OffsetNetwork(nn.Module):

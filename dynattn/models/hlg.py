@@ -51,12 +51,6 @@ VARIANTS = {
 ATTENTION = ("query_as_key", "conv_of", "positions")
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which decides by itself what lies where
-    return F.gelu(x) if graph or torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
 class ConvNorm(nn.Module):
     """A convolution and its batch norm: (B, H, W, C) to (B, h, w, out).
 
@@ -101,7 +95,7 @@ class Stem(nn.Module):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         check_dtype(x, self.convs[0].conv.weight)
         for conv in self.convs:
-            x = gelu(conv(x))
+            x = core.gelu(conv(x))
         return x
 
 
@@ -119,7 +113,12 @@ class DWMlp(nn.Module):
         self.reduce = nn.Conv2d(wide, out, 1)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
-        x = gelu(self.depthwise(gelu(self.expand(x))))
+        wide = x.shape[1] * x.shape[2] * self.reduce.in_channels
+        return core.by_images(self, self.of_some, x, wide)
+
+    def of_some(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        """The same for as many images as are near at once."""
+        x = core.gelu(self.depthwise(core.gelu(self.expand(x))))
         if self.se is not None:
             x = rearrange(self.se(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
         return F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias)
@@ -134,7 +133,7 @@ class Smooth(nn.ModuleList):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         reduce, conv, expand = self
-        return gelu(x + expand(gelu(conv(gelu(reduce(x))))))
+        return core.gelu(x + expand(core.gelu(conv(core.gelu(reduce(x))))))
 
 
 class FullAttention(nn.Module):
@@ -198,7 +197,7 @@ class HLGLayer(nn.Module):
         self.mlp, self.norm = DWMlp(channels, dim, stride, se), nn.LayerNorm(dim, eps=1e-6)
         whole = stride == 1 and channels == dim
         self.down = (
-            nn.Identity() if whole else nn.Sequential(ConvNorm(channels, dim, 3, stride, groups=channels), nn.GELU())
+            nn.Identity() if whole else nn.Sequential(ConvNorm(channels, dim, 3, stride, groups=channels), core.GELU())
         )
         self.smooth = Smooth(dim) if smooth else None
         self.attn = attn

@@ -75,7 +75,7 @@ class Convolutions(nn.Module):
         parts: list[nn.Module] = []
         for kernel, stride, out, groups in layers:
             conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-            parts += [nn.GELU()] * bool(parts) + [
+            parts += [core.GELU()] * bool(parts) + [
                 conv,
                 nn.GroupNorm(1, out) if norm == "group" else nn.BatchNorm2d(out),
             ]
@@ -84,6 +84,11 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         check_dtype(x, self.convs[0].weight)
+        wide = x.shape[1] * x.shape[2] * self.convs[0].out_channels // self.convs[0].stride[0] ** 2
+        return core.by_images(self, self.of_some, x, wide)
+
+    def of_some(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+        """The same for as many images as are near at once."""
         x = rearrange(x, "B H W C -> B C H W").contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
         return rearrange(self.convs(x), "B C H W -> B H W C")
 

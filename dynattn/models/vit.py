@@ -103,7 +103,7 @@ class Tokens(nn.Module):
         x = rearrange(x, "B c h w -> B (h w) c")
         if self.prefix:
             front = self.class_token if self.class_position is None else self.class_token + self.class_position
-            x = torch.cat([front.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([front.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         return x, shape
 
 

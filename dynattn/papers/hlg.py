@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dynattn import cost
+from dynattn import cost, figures
 from dynattn.cost import Row
+from dynattn.figures.hlg import PAPER
 from dynattn.training import Recipe, register_recipe
 
 DEPTH = (
@@ -45,4 +46,6 @@ cost.register(
     ),
 )
 
-register_recipe("hlg_mini", Recipe("hlg_mini"))
+register_recipe("hlg_mini", Recipe("hlg_mini"), seeds=[0])
+
+figures.register("hlg", PAPER)

@@ -1,0 +1,170 @@
+"""The figures of SETR (Zheng et al., CVPR 2021; Zhang et al., IJCV 2024): what its layers know, what its points read.
+
+Any model with dense attention can be drawn, also another paper's; where a figure needs more, a table of positions or
+an answer for each pixel, it says so. Figures 13 and 14 are named "attention maps" in the paper, and its text points to
+rollout; the published scripts draw the last layer as it is, head by head. Here 11 has both, 13 the heads, and 14 the
+layers.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from dynattn import cost, weights
+
+from . import features, positions, readers, segmentation, style, sweep
+from .drawing import listed, object_key, of_the_subject
+from .readers import evaluate_readers
+from .run import Drawing, Paper, Plan, Setting
+from .segmentation import Overlap
+from .subjects import RANDOM, Subject, load_subject
+
+# Test images, chosen for a spread of classes, not by what a model makes of them.
+SEEN, FEATURES_OF, LAYERS_OF = (7, 19, 1, 28), (7, 19, 1, 28), (7, 19)
+POINTS_OF, HEADS_OF, AUX_OF = (7, 28), (19,), (7,)
+DECODERS = ("naive", "pup", "mla")
+BESIDE = ("fcn_mini", *(f"setr_{decoder}_mini" for decoder in DECODERS))
+
+
+def twins(setting: Setting) -> dict[str, nn.Module]:
+    """A random network like the subject."""
+    return {RANDOM: setting.twin(setting.subject)}
+
+
+# ------------------------------------------------------------------------------------ 5 and 6: segmentation, beside FCN
+
+
+def beside(setting: Setting) -> list[Subject]:
+    """The FCN and SETR with its three decoders; another model stands alone."""
+    return segmentation.beside(setting, BESIDE)
+
+
+def segmented(setting: Setting) -> Drawing:
+    """Figures 5 and 6 in small: photograph, truth, FCN, and SETR with each decoder."""
+    return segmentation.drawing(setting, beside(setting), SEEN, PLANS[5].title, to=segmentation.WRITTEN["fcn_mini"])
+
+
+def of_segmentation(setting: Setting) -> dict[str, int]:
+    """The networks that are measured, and on how many images."""
+    return segmentation.networks_of(setting, beside(setting))
+
+
+# ---------------------------------------------------------------------------- table 3: with and without auxiliary heads
+
+
+def with_and_without() -> dict[str, Subject]:
+    """The networks by their columns, as far as they are here: each decoder with auxiliary heads, and without."""
+    found = {}
+    for decoder in DECODERS:
+        for name, label in ((f"setr_{decoder}_mini", ""), (f"setr_{decoder}_mini_no_aux", ", no aux")):
+            if name in weights.available():
+                written = segmentation.WRITTEN[f"setr_{decoder}_mini"].removeprefix("SETR-")
+                found[f"{written}{label}"] = load_subject(weights.path(name))
+    return found
+
+
+def auxiliary(setting: Setting) -> Drawing:
+    """Table 3 in small: mean IoU of each decoder, trained with auxiliary heads and without."""
+    columns = with_and_without()
+    (picture,) = setting.pictures(AUX_OF)
+    tables = {label: segmentation.tables_of(setting, subject) for label, subject in columns.items()}
+    found = {label: Overlap.read(next(iter(its.values()))) for label, its in tables.items()}
+    measures = [segmentation.measure_of(label, its) for label, its in tables.items()]
+    paper = [float(cost.published(f"setr_naive_large{end}")["value"]) for end in ("", "_no_aux")]
+    words = []
+    for label in columns:
+        if f"{label}, no aux" in columns:
+            value, error = segmentation.apart(found[label], found[f"{label}, no aux"])
+            words.append(f"{label} {100 * value:+.1f} ± {100 * error:.1f}")
+    caption = (
+        f"With auxiliary heads above without, in points: {listed(words) or 'there is no pair'} (the paper, Naïve, on "
+        f"Cityscapes: {paper[0] - paper[1]:+.2f}). Bars and errors are over the {measures[0].n} test images. One seed "
+        "each decides nothing: what another seed would change is not in them. "
+        f"{segmentation.conditions(setting, list(columns.values()))}Photographs: {picture.name}."
+    )
+    sheet = style.sheet(1, len(columns), PLANS["table3"].title, caption, column_labels=list(columns), plots=1)
+    for ax, subject in zip(sheet.panels[0], columns.values(), strict=True):
+        segmentation.draw_classes(ax, picture, segmentation.answer_to(subject, picture), subject)
+    sweep.plot(sheet.plots[0], measures, "mean IoU, %", 100)
+    seen = [segmentation.answer_to(subject, picture) for subject in columns.values()]
+    style.key(sheet, [*segmentation.classes_key(seen, setting.subject), *object_key([picture])])
+    stories = [subject.story for subject in columns.values()]
+    return Drawing(
+        sheet.figure, caption, [picture], measures, stories, {k: v for its in tables.values() for k, v in its.items()}
+    )
+
+
+def of_auxiliary(setting: Setting) -> dict[str, int]:
+    """The networks that table 3 measures, and on how many images."""
+    return segmentation.networks_of(setting, list(with_and_without().values()))
+
+
+def of_images(
+    draw: Callable[[Setting, Sequence[int], str], Drawing], number: int, indices: Sequence[int]
+) -> Callable[[Setting], Drawing]:
+    """A figure of some test images, or of the user's photograph, under its title."""
+    return lambda setting: draw(setting, indices, PLANS[number].title)
+
+
+PLANS = {
+    5: Plan(
+        "segmentation",
+        "Figures 5 and 6 · Segmentation: SETR beside an FCN",
+        segmented,
+        of_segmentation,
+        unfit=segmentation.answers_pixels,
+    ),
+    7: Plan(
+        "features",
+        "Figure 7 · Features of several layers, as colours",
+        of_images(features.several_images, 7, FEATURES_OF),
+        features.networks_of,
+        unfit=features.no_layers,
+    ),
+    10: Plan(
+        "positions",
+        "Figure 10 · Similarity of position embeddings",
+        lambda setting: positions.tiles(setting, PLANS[10].title),
+        lambda setting: {},
+        unfit=positions.none_learned,
+    ),
+    11: Plan(
+        "points", "Figure 11 · What picked points read", of_images(readers.points_read, 11, POINTS_OF), of_the_subject
+    ),
+    12: Plan(
+        "layers",
+        "Figure 12 · Features of all layers and of the decoder",
+        of_images(features.all_layers, 12, LAYERS_OF),
+        features.networks_of,
+        unfit=features.no_layers,
+    ),
+    13: Plan(
+        "heads",
+        "Figure 13 · Attention maps of the last layer, head by head",
+        of_images(readers.heads_read, 13, HEADS_OF),
+        of_the_subject,
+    ),
+    14: Plan(
+        "attention",
+        "Figure 14 · Attention maps layer by layer, and rollout",
+        of_images(readers.layers_read, 14, HEADS_OF),
+        of_the_subject,
+    ),
+    "table3": Plan(
+        "auxiliary",
+        "Table 3 · With auxiliary heads, and without",
+        auxiliary,
+        of_auxiliary,
+        compares="setr_",
+    ),
+}
+PAPER = Paper(
+    "SETR",
+    shipped="setr_pup_mini",
+    kind="dense",
+    evaluate=evaluate_readers,
+    twins=twins,
+    random=("of one seed",),
+    plans=PLANS,
+    level="cluttered",
+)
