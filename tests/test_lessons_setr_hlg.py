@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("anywidget")
 pytest.importorskip("torchmetrics")
 
-from dynattn import create_model, ops  # noqa: E402
+from dynattn import create_model, ops, verify  # noqa: E402
 from dynattn.dense.metrics import intersection_over_union  # noqa: E402
 from dynattn.lessons import setr_hlg as lesson  # noqa: E402
 from dynattn.mechanisms.local_global import Layout, LocalGlobalAttention  # noqa: E402
 from dynattn.models.hlg import FullAttention  # noqa: E402
 from dynattn.models.vit import TokenAttention  # noqa: E402
-from tests.pages import drawn_again, drawn_at_every_end  # noqa: E402
+from tests.pages import Page, drawn_again, drawn_at_every_end  # noqa: E402
 
+PAGE = Page("05_setr_hlg")
 TURNED = ("patches", "decoders", "positions", "layers", "windows", "keys", "costs")
 CACHED = ("scene", "traced", "test_scenes", "test_objects", "of_decoder", "resolved", "of_layer", "verdict", "need")
 
@@ -64,6 +65,19 @@ def test_the_lens_shows_the_three_kinds():
     ]
     assert ["pooled" in layer for layer in shown] == [False, True, True]
     assert "plain local-global" in repr(lens) and "dilated local-global" in repr(lens) and "64 cells" in repr(lens)
+
+
+def test_the_layers_of_the_page_are_the_librarys():
+    page = PAGE.run("local_global_layer")
+    z, net = torch.randn(2, 15, 24, dtype=torch.float64), lesson.encoder_layer(24, heads=3)
+    assert torch.allclose(page.encoder_layer(z, net, heads=3), net(z, (3, 5)))
+    for shape, R, dilated in (((8, 12), 4, True), ((6, 4), 2, False)):
+        x, net = torch.randn(2, *shape, 24, dtype=torch.float64), lesson.local_global_layer(24, 3, R, dilated)
+        assert torch.allclose(page.local_global_layer(x, net, R, dilated, h=3), net(x))
+
+
+def test_the_solution_is_right():
+    verify.check("window_embedding", PAGE.solution("window_embedding"), cases=30)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
