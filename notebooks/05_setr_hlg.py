@@ -159,8 +159,8 @@ def local_global_layer(x, net, R, dilated, h):
 
 
 for dilated in (False, True):
-    net, x = lesson.local_global_layer(16, heads=2, R=3, dilated=dilated), normal(2, 6, 9, 16)
-    assert torch.allclose(local_global_layer(x, net, 3, dilated, h=2), net(x))
+    net, x = lesson.local_global_layer(64, heads=4, R=3, dilated=dilated), normal(2, 6, 9, 64)
+    assert torch.allclose(local_global_layer(x, net, 3, dilated, h=4), net(x))
 source(*lesson.LOOPS)
 q, k, v = normal(3, 1, 2, 24, 4)
 agree(ops.local_attention, dict(q=q, k=k, v=v, table=normal(2, 5, 5)), query_shape=(4, 6), window=3, dilated=True)
@@ -200,10 +200,10 @@ lesson.keys()
 # **Turn it.** Which line grows with the number of cells, and which with its square?
 
 # %%
-net, z = lesson.encoder_layer(16, heads=2), normal(1, 32 * 32, 16)
-small, x = lesson.local_global_layer(16, heads=2, R=4, dilated=False), z.reshape(1, 32, 32, 16)
-found = [lesson.largest(f) for f in (lambda: encoder_layer(z, net, 2), lambda: net(z, (32, 32)))]
-found += [lesson.largest(f) for f in (lambda: local_global_layer(x, small, 4, False, 2), lambda: small(x))]
+net, z = lesson.encoder_layer(64, heads=4), normal(1, 32 * 32, 64)
+small, x = lesson.local_global_layer(64, heads=4, R=4, dilated=False), z.reshape(1, 32, 32, 64)
+found = [lesson.largest(f) for f in (lambda: encoder_layer(z, net, 4), lambda: net(z, (32, 32)))]
+found += [lesson.largest(f) for f in (lambda: local_global_layer(x, small, 4, False, 4), lambda: small(x))]
 say(
     f"Numbers in the largest tensor, $32 \\times 32$ cells, all heads. Dense, this page: **{found[0]:,}**; the library: "
     f"{found[1]:,}. Local-global, this page: **{found[2]:,}**; the library: {found[3]:,}."
@@ -241,8 +241,8 @@ say(lesson.need_in_words(lesson.need()))
 # then run the cell.
 
 # %%
-x, moved = normal(1, 8, 8, 16), lambda t: t.roll(4, dims=2)
-layers = [lesson.local_global_layer(16, heads=2, R=4, dilated=dilated) for dilated in (False, True)]
+x, moved = normal(1, 8, 8, 64), lambda t: t.roll(4, dims=2)
+layers = [lesson.local_global_layer(64, heads=4, R=4, dilated=dilated) for dilated in (False, True)]
 local = lambda net: lambda x: net.read_window(net.q(x), net.k(x), net.v(x), lesson.Layout((8, 8), 4, net.dilated))
 apart = [float((f(moved(x)) - moved(f(x))).abs().max()) for f in (*map(local, layers), layers[0])]
 say(f"Largest difference: {apart[0]:.1g} plain, {apart[1]:.1g} dilated, {apart[2]:.1g} for the whole plain layer.")

@@ -823,14 +823,12 @@ def in_words(found: pd.DataFrame) -> str:
     """What `verdict` measured, and what follows."""
     lines = [table_in_words(found), ""]
     for name, rows in found[found.part != "nothing"].groupby("network", sort=False):
-        zeros, alike_too = rows[rows.how == "zeros"], rows[rows.how == "alike"]
-        lost = zeros[clearly(zeros)].sort_values("more")
-        spared = zeros[~clearly(zeros)]
-        chosen = alike_too[clearly(alike_too)].sort_values("more")
+        worse = {how: rows[(rows.how == how) & clearly(rows)].sort_values("more").part.tolist() for how in WAYS}
+        rest = {how: [part for part in dict.fromkeys(rows.part) if part not in worse[how]] for how in WAYS}
         lines += [
-            f"**Verdict, `{name}`.** With zeros it is worse, by more than two standard errors, without: "
-            f"{listed(list(lost.part))}; not so without: {listed(list(spared.part))}. Whom a query reads counts beyond "
-            f"a plain mean of the same keys: {listed(list(chosen.part))}.",
+            f"**Verdict, `{name}`**, by more than two standard errors. With zeros it is worse without: "
+            f"{listed(worse['zeros'])}; not so without: {listed(rest['zeros'])}. A plain mean of the same keys does as "
+            f"well for: {listed(rest['alike'])}; it is worse for: {listed(worse['alike'])}.",
             "",
         ]
     return "\n".join(lines)
@@ -854,7 +852,7 @@ def need_in_words(found: pd.DataFrame) -> str:
 def draw_verdict(found: pd.DataFrame) -> None:
     """The difference that every change makes, a panel for each network."""
     names = list(dict.fromkeys(found.network))
-    figure, axes = panels(*[1] * len(names), height=3.6)
+    figure, axes = panels(*[1] * len(names), height=4.0)
     for ax, name in zip(axes, names, strict=True):
         rows = found[(found.network == name) & (found.part != "nothing")]
         parts = list(dict.fromkeys(rows.part))
@@ -866,7 +864,7 @@ def draw_verdict(found: pd.DataFrame) -> None:
         ax.invert_yaxis()
         ax.axvline(0, color=style.INK, linewidth=1)
         ax.set(title=f"{name}: {rows.what.iloc[0]}, change", xlabel="lines: two standard errors")
-    axes[0].legend(frameon=False, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     show(figure)
 
 
