@@ -101,7 +101,7 @@ lesson.decoders()
 
 # %% [markdown]
 # One network for each decoder: another seed would move these numbers too. The paper itself finds PUP best on
-# Cityscapes and MLA on ADE20K.
+# Cityscapes and MLA on `ADE20K`.
 #
 # ## 5. Positions
 #
@@ -118,8 +118,8 @@ lesson.positions()
 # Training puts **auxiliary heads** on earlier layers: small decoders with a loss of their own, which are thrown away
 # afterwards. We kept them: they tell what a layer knows.
 #
-# **Turn it.** Go through the layers. Which one reads widely, which one its own place? How much of the object is
-# found from layer 2 already?
+# **Turn it.** Go through the layers. Which one reads widely, which one its own place? How much of the object does the
+# first of the heads find already?
 
 # %%
 lesson.layers()
@@ -212,7 +212,7 @@ lesson.costs()
 
 # %% [markdown]
 # Windows grow with the cells. Attention to all windows does not: it has $N^2 / R^2$ weights. That is a small share of a
-# square, but a square. Torch's fused attention, which the library calls, never keeps the weights; a bias it keeps.
+# square, but a square. Torch's fused attention, which the library calls, never keeps the weights. A bias does lie in memory.
 #
 # ## 11. Does a network need all three?
 #
