@@ -226,6 +226,8 @@ lesson.costs()
 found = lesson.verdict()
 lesson.draw_verdict(found)
 say(lesson.in_words(found))
+
+# %%
 say(lesson.need_in_words(lesson.need()))
 
 # %% [markdown]
