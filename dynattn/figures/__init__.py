@@ -2,9 +2,11 @@
 
 `draw` makes those of a paper; a figure is a function in the paper's file (`dat.py`). What they share: `subjects.py`,
 models and pictures; `measures.py`, what is measured of an image; `tables.py`, of many images; `evidence.py`, class maps
-and receptive fields of any model with stages; `class_maps.py`, `fields.py`, figures of these; `run.py`, what a figure
-is and what those of a run share; `drawing.py`, captions; `sweep.py`, networks that differ in one argument; `style.py`,
-looks; `gallery.py`, the folder they go into; `noise.py`, what counts as a change.
+and receptive fields of any model with stages; `class_maps.py`, `fields.py`, figures of these; `features.py`, maps as
+colours; `readers.py`, what points read in dense attention; `positions.py`, tables of positions; `segmentation.py`,
+classes of pixels; `run.py`, what a figure is and what those of a run share; `drawing.py`, captions; `sweep.py`,
+networks that differ in one argument; `style.py`, looks; `gallery.py`, the folder they go into; `noise.py`, what counts
+as a change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,12 +61,13 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Draw a paper's figures into a folder, print what they measure, and return an entry for each.
 
-    only: numbers of figures, names of tables (None: all that the other arguments allow). image: a photograph of one's
-    own, anything that `read_image` takes; there is no mask of it, so nothing is measured against an object, and what
-    compares models on many images, DAT's figure 4 and DGT's table 4b, is left out. weights: any checkpoint of the
-    paper's models, published (.pth) or ours (.safetensors); what has checkpoints of its own is left out. model: the
-    name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default `figures`, or
-    NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random networks.
+    only: numbers of figures, names of tables (None: all that the other arguments and the model allow). image: a
+    photograph of one's own, anything that `read_image` takes; there is no mask of it, so nothing is measured against an
+    object, and what compares models on many images, DAT's figure 4 and DGT's table 4b, is left out. weights: any
+    checkpoint of the paper's models, published (.pth) or ours (.safetensors); what has checkpoints of its own is left
+    out. model: the name of a model that ships trained, or the one that `weights` must hold. out: the folder, by default
+    `figures`, or NAME_figures beside it for an image, a checkpoint or a model of one's own. seed: of the random
+    networks.
     An entry is what conditions.json has of a figure, with four digits: file, caption, weights, images, versions,
     measures with their nulls, and of each network a summary by layer, head and kind of measure.
     Pictures, conditions.json and README.md are replaced whole, after each figure; those of other figures stay, and so

@@ -2,7 +2,8 @@
 
 The pixels of a map of all images are taken together: one set of axes, and one range from the least to the largest value
 of the three components, so that a colour means the same in every image (the published script of SETR does it so). A map
-of another layer has axes of its own: its colours cannot be compared with these.
+of another layer has axes of its own: its colours cannot be compared with these. Every cell is drawn in its colour; that
+script smooths them.
 
 How much the colours say of the object is the share of their variance that is between the pixels on it and the others,
 0 where the colours on and off it are alike. Its null is the mean over the masks of the other images.

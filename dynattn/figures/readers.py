@@ -35,6 +35,7 @@ from .run import Drawing, Setting
 from .subjects import RANDOM, Picture
 from .tables import ALL, NETWORK, OTHER, OWN, Measure, Row, at
 
+PLACES = "on the object", "off it"  # of the two points in a picture
 LAYERS = 6  # of deeper models so many are drawn and measured, evenly from the first to the last
 
 
@@ -181,14 +182,18 @@ def drawn(
     measures: Sequence[Measure],
     tables: dict,
     caption: str,
+    together: int = 1,
 ) -> Drawing:
-    """Rows of maps over the photograph, all in the same colours. record: whose cell the point is in."""
+    """Rows of maps over the photograph, all in the same colours. record: whose cell the point is in.
+
+    together: so many columns stand close.
+    """
     pictures = list({strip.picture.name: strip.picture for strip in strips}.values())
     caption = (
         f"{caption}Colours are the same in all panels: clear where a cell gets no more than the mean of all cells. "
         f"{conditions(setting, pictures, measures)}"
     )
-    options = dict(aspect=aspect_of(pictures), column_labels=["photograph", *columns])
+    options = dict(aspect=aspect_of(pictures), column_labels=["photograph", *columns], together=together)
     if any(strip.label for strip in strips):
         options |= dict(row_labels=[strip.label for strip in strips])
     sheet = style.sheet(len(strips), 1 + len(columns), title, caption, compared(measures), **options)
@@ -228,12 +233,14 @@ def points_read(setting: Setting, indices: Sequence[int], title: str) -> Drawing
         f"every layer half attention and half identity, multiplied through all layers. {said}"
     )
     strips = [
-        Strip("", picture, point, [part for t in both for part in (read_by(t[last.name], point), rolled_to(t, point))])
+        Strip(
+            label, picture, point, [part for t in both for part in (read_by(t[last.name], point), rolled_to(t, point))]
+        )
         for picture, *both in zip(pictures, *traces.values(), strict=True)
-        for point in queries(picture)
+        for label, point in zip(PLACES if picture.mask is not None else ("", ""), queries(picture), strict=True)
     ]
     columns = ["last layer", "rollout", "random, last layer", "random, rollout"]
-    return drawn(setting, title, columns, strips, last, measures, tables, caption)
+    return drawn(setting, title, columns, strips, last, measures, tables, caption, together=2)
 
 
 def distance_in(setting: Setting, layer: str, label: str) -> Measure:

@@ -27,7 +27,7 @@ from dynattn.tracing import evaluating
 from dynattn.training.tasks import TASKS
 
 from . import style
-from .drawing import aspect_of, compared, ground, listed, object_key
+from .drawing import aspect_of, compared, ground, listed
 from .run import Drawing, Setting
 from .subjects import RANDOM, Picture, Subject, load_subject, squeezed
 from .tables import ALL, OTHER, OWN, Measure, Row, table_of
@@ -43,7 +43,7 @@ WRITTEN = {
 }
 NAMES = TASKS["segmentation"].classes
 MARKS = (("s", style.BLUE), ("o", style.ORANGE), ("D", style.GREEN), ("^", style.YELLOW))  # of models
-LEGEND = 8  # classes in the key, the largest ones
+LEGEND, MARK, LETTER = 11.6, 0.5, 0.12  # inches: of the key, and of a class in it its mark and every letter
 Truth = UInt8[np.ndarray, "n H W"]
 
 
@@ -251,10 +251,12 @@ def truth_of(picture: Picture) -> UInt8[np.ndarray, "h w"]:
 
 
 def classes_key(seen: Sequence[UInt8[np.ndarray, "h w"]], subject: Subject) -> list:
-    """The colours of the classes that were drawn, the largest of them."""
+    """The colours of the classes that were drawn, the largest of them, as many as there is room for."""
     names = names_of(subject)
     largest = shares(np.concatenate([labels.ravel() for labels in seen]), len(names))
-    there = [number for number, _ in largest if names[number] != NAMES[0]][:LEGEND]
+    there = [number for number, _ in largest if names[number] != NAMES[0]]
+    room = np.cumsum([MARK + LETTER * len(names[number]) for number in there]) <= LEGEND
+    there = [number for number, fits in zip(there, room, strict=True) if fits]
     return [(style.mark("s", palette(len(names))[number] / 255, 13), names[number]) for number in sorted(there)]
 
 
@@ -298,8 +300,11 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
             measures.append(measure_of(name, its))
             tables |= its
     answers = [[answer_to(one, picture) for one in subjects] for picture in pictures]
+    clear = "; no colour: background" if names_of(subject)[0] == NAMES[0] else ""
+    clear += "; white: the edge of the object" * (pictures[0].mask is not None)
+    title = title if len(subjects) > 1 else title.partition(":")[0]  # beside nothing
     caption = (
-        f"The class of each pixel; no colour: background. {differences(found, to)}{conditions(setting, subjects)}"
+        f"The class of each pixel{clear}. {differences(found, to)}{conditions(setting, subjects)}"
         f"{seen_in_words(pictures, known, measures[0].n if measures else 0)}"
     )
     columns = ["photograph", *["truth"] * known, *names]
@@ -314,7 +319,7 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
     if known:
         plot_classes(sheet.plots[0], found)
     seen = [labels for row in answers for labels in row] + [truth_of(picture) for picture in pictures if known]
-    style.key(sheet, [*classes_key(seen, subject), *object_key(pictures)])
+    style.key(sheet, classes_key(seen, subject), apart=1.0)
     return Drawing(sheet.figure, caption, pictures, measures, [one.story for one in subjects], tables)
 
 

@@ -155,8 +155,11 @@ def compare(ax: Axes, measures: Sequence[Measure]) -> None:
     ax.legend([marks[kind] for kind in kinds], kinds, fontsize=SMALL + 1, handletextpad=0.2, **place)
 
 
-def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]], *, centre: float = 0.5) -> None:
-    """What the marks mean, in one line between panels and caption; centre: of the line, as a share of the width."""
+def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]], *, centre: float = 0.5, apart: float = 2.0) -> None:
+    """What the marks mean, in one line between panels and caption.
+
+    centre: of the line, as a share of the width. apart: space between two of them, in letters.
+    """
     sheet.figure.legend(
         [mark for mark, _ in marks],
         [text for _, text in marks],
@@ -166,7 +169,7 @@ def key(sheet: Sheet, marks: Sequence[tuple[Line2D, str]], *, centre: float = 0.
         frameon=False,
         fontsize=SMALL + 1.5,
         handletextpad=0.4,
-        columnspacing=2.0,
+        columnspacing=apart,
         labelcolor=INK,
     )
 
