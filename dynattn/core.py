@@ -298,16 +298,12 @@ def bilinear_weights(points: Float[Tensor, "*batch N 2"], shape: tuple[int, int]
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get."""
+    """GELU of what nobody else reads: without gradients in its place, since new memory takes a CPU as long to get.
+
+    x: never what a layer puts out, which a hook of a user may hold.
+    """
     graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which decides by itself what lies where
     return F.gelu(x) if graph or torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
-class GELU(nn.Module):
-    """`gelu` as a layer, behind a layer whose output nobody else reads."""
-
-    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return gelu(x)
 
 
 PART = 2_000_000  # numbers of a map, 8 MB of float32: a CPU keeps that near, and need not ask for new memory

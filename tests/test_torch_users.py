@@ -315,3 +315,16 @@ def test_the_meta_device(name):
     with torch.device("meta"):
         network = dynattn.create_model(name)
     assert network(torch.empty(2, 3, 128, 128, device="meta")).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["sgformer_mini", "debiformer_mini", "hlg_mini", "setr_pup_hlg_mini"])
+@torch.no_grad()
+def test_nobody_overwrites_what_a_hook_holds(name):
+    """Of every layer: what it put out is the same after the forward pass, without gradients too."""
+    model, held = dynattn.create_model(name).eval(), []
+    for layer in model.modules():
+        layer.register_forward_hook(
+            lambda layer, _, out: held.append((layer, out, out.clone())) if isinstance(out, torch.Tensor) else None
+        )
+    model(torch.randn(1, 3, 64, 64))
+    assert len(held) > 50 and all(torch.equal(out, then) for _, out, then in held)

@@ -73,7 +73,8 @@ class ConvNorm(nn.Module):
         bias, weight = norm.bias - centre * scale, conv.weight * scale[:, None, None, None]
         return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
+    def forward(self, x: Float[Tensor, "B H W C"], activate: bool = False) -> Float[Tensor, "B h w out"]:
+        """activate: whether GELU follows."""
         conv, fixed = self.conv, isinstance(self.norm, nn.BatchNorm2d) and not self.norm.training
         weight, bias = self.folded() if fixed else (conv.weight, conv.bias)
         if conv.kernel_size == (1, 1):
@@ -81,7 +82,10 @@ class ConvNorm(nn.Module):
         else:
             x = rearrange(x, "B H W C -> B C H W").contiguous(memory_format=torch.channels_last)
             x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
-        return rearrange(x if fixed else self.norm(x), "B C H W -> B H W C")
+        x = x if fixed else self.norm(x)
+        if activate:
+            x = core.gelu(x) if fixed else F.gelu(x)
+        return rearrange(x, "B C H W -> B H W C")
 
 
 class Stem(nn.Module):
@@ -95,7 +99,7 @@ class Stem(nn.Module):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         check_dtype(x, self.convs[0].conv.weight)
         for conv in self.convs:
-            x = core.gelu(conv(x))
+            x = conv(x, activate=True)
         return x
 
 
@@ -118,7 +122,7 @@ class DWMlp(nn.Module):
 
     def of_some(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w out"]:
         """The same for as many images as are near at once."""
-        x = core.gelu(self.depthwise(core.gelu(self.expand(x))))
+        x = self.depthwise(self.expand(x, activate=True), activate=True)
         if self.se is not None:
             x = rearrange(self.se(rearrange(x, "B H W C -> B C H W")), "B C H W -> B H W C")
         return F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias)
@@ -133,7 +137,7 @@ class Smooth(nn.ModuleList):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         reduce, conv, expand = self
-        return core.gelu(x + expand(core.gelu(conv(core.gelu(reduce(x))))))
+        return core.gelu(x + expand(conv(reduce(x, activate=True), activate=True)))
 
 
 class FullAttention(nn.Module):
@@ -197,7 +201,7 @@ class HLGLayer(nn.Module):
         self.mlp, self.norm = DWMlp(channels, dim, stride, se), nn.LayerNorm(dim, eps=1e-6)
         whole = stride == 1 and channels == dim
         self.down = (
-            nn.Identity() if whole else nn.Sequential(ConvNorm(channels, dim, 3, stride, groups=channels), core.GELU())
+            nn.Identity() if whole else nn.Sequential(ConvNorm(channels, dim, 3, stride, groups=channels), nn.GELU())
         )
         self.smooth = Smooth(dim) if smooth else None
         self.attn = attn

@@ -75,7 +75,7 @@ class Convolutions(nn.Module):
         parts: list[nn.Module] = []
         for kernel, stride, out, groups in layers:
             conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-            parts += [core.GELU()] * bool(parts) + [
+            parts += [nn.GELU()] * bool(parts) + [
                 conv,
                 nn.GroupNorm(1, out) if norm == "group" else nn.BatchNorm2d(out),
             ]
