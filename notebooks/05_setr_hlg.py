@@ -37,7 +37,8 @@ lesson.question()
 # ## 2. Notation
 #
 # - *The paper* means the text. *The published code* means the authors' program. They differ in places. Our layers below
-#   follow the equations of the text.
+#   follow the text, with what it leaves out: norms, and a projection behind global attention. Equation 2 of SETR adds
+#   $Z$ inside every head, where the shapes do not fit. We add it once, in SETR-3.
 # - $Z$: a map of $N$ tokens with $C$ channels. A token of the map is a **cell**. $d$: the channels of a head. $P$: the
 #   side of a **patch**, the pixels that become one token.
 # - $R$: the side of a **window**, in cells. $D$: how many windows there are on a side of the map.
@@ -69,7 +70,8 @@ assert torch.allclose(encoder_layer(z, net, heads=4), net(z, (3, 4)))
 # The map never changes its size. So the patch decides both: what a token can resolve, and what attention costs.
 #
 # **Turn it.** Halve the patch: how many times more attention weights? The green line gives every patch its most common
-# class, from the truth itself: as much as one class a patch can show. Where does the trained network lie?
+# class, from the truth itself. It is no upper bound: a small object loses its patches. Where does the trained network
+# lie?
 
 # %%
 lesson.patches()
@@ -80,8 +82,8 @@ lesson.patches()
 # ## 4. Three decoders
 #
 # **Naive**: two convolutions of one cell, then one large resize. **PUP**, progressive upsampling: convolution and
-# twice the size, in turn. **MLA**, multi-level aggregation: maps of several layers, each added to the next one up,
-# enlarged, and put side by side. This is PUP, and below it all three.
+# twice the size, in turn. **MLA**, multi-level aggregation: maps of several layers. Each deeper map is added to the
+# one before it. All are enlarged and put side by side. This is PUP, and below it all three.
 #
 # **Turn it.** Show the classes as each decoder leaves them, before the last resize. Which outline is finest? And which
 # network is best on all test images? The two need not agree.
@@ -107,7 +109,8 @@ lesson.decoders()
 #
 # A sequence has no rows and columns. SETR learns a vector for every position, and adds it to the patch.
 #
-# **Turn it.** Move the star. Which positions have become alike? Nobody told the network which ones are neighbours.
+# **Turn it.** Move the star. Which positions have become alike? No loss says which ones are neighbours. But this
+# small network has convolutions, which mix neighbours; SETR has none.
 
 # %%
 lesson.positions()
@@ -116,7 +119,8 @@ lesson.positions()
 # ## 6. Layers
 #
 # Training puts **auxiliary heads** on earlier layers: small decoders with a loss of their own, which are thrown away
-# afterwards. We kept them: they tell what a layer knows.
+# afterwards. We kept them: they tell what a small
+# decoder can read from a layer.
 #
 # **Turn it.** Go through the layers. Which one reads widely, which one its own place? How much of the object does the
 # first of the heads find already?
@@ -135,9 +139,10 @@ lesson.layers()
 # $$W_Q^{(L)} = W_Q^{(G)},\quad W_K^{(L)} = W_K^{(G)},\quad W_V^{(L)} = W_V^{(G)} \tag{HLG-8}$$
 # $$Q_L = Q_W + \text{DWConv}(V_W) \tag{HLG-9}$$
 #
-# $Z_G$ has one token for every window of $Z_L$: the mean of its cells. Local and global attention share their maps.
-# The last equation replaces the first part of the second one: a small convolution stands for what local attention
-# added to the query. $B$: biases by displacement. This is the whole layer. Below it: local attention in loops, as the
+# $Z_G$ has one token for every window of $Z_L$: the mean of its cells. Both attentions share the matrices $W_Q, W_K, W_V$.
+# HLG-9 replaces the first part of HLG-6: a small convolution stands for what local attention
+# added to the query. $B$: biases by displacement. This is all of the attention. In front of it a
+# layer has an MLP with a depthwise convolution, which also makes the map smaller. Below: local attention in loops, as the
 # library has it, and how far the other form is from the loops.
 
 
@@ -178,7 +183,8 @@ agree(ops.local_attention, dict(q=q, k=k, v=v, table=normal(2, 5, 5)), query_sha
 lesson.windows()
 
 # %% [markdown]
-# Dilated windows cost nothing more: only the order of cells is another.
+# Dilated windows cost nothing more: only the order of cells is another. The fewest keys are near $R = \sqrt{n}$ on a map
+# of $n \times n$ cells: about $2n$ keys in place of $n^2$.
 #
 # ## 9. Three kinds of keys
 #
@@ -211,8 +217,8 @@ say(
 lesson.costs()
 
 # %% [markdown]
-# Windows grow with the cells. Attention to all windows does not: it has $N^2 / R^2$ weights. That is a small share of a
-# square, but a square. Torch's fused attention, which the library calls, never keeps the weights. A bias does lie in memory.
+# The weights in windows grow in proportion to the cells. Those of attention to all windows grow faster: there are
+# $N^2 / R^2$. This is a small part of $N^2$, but it grows like $N^2$. Torch's fused attention, which the library calls, never keeps the weights. A bias does lie in memory.
 #
 # ## 11. Does a network need all three?
 #

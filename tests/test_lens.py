@@ -283,7 +283,8 @@ def test_cells_and_windows_that_are_read_are_those_of_the_record(local_global, l
     record, (panel,) = local_global[layer], make_panels(local_global)
     reading, query = panel.read(row, col, layer, head), record.query(row, col)
     heads = range(record.heads) if head == "mean" else [head]
-    near, far = (sum(part[m, query] for m in heads) / len(heads) for part in (record.local, record.everywhere))
+    near = sum(record.local(m)[query] for m in heads) / len(heads)
+    far = sum(record.everywhere[m, query] for m in heads) / len(heads)
     read = near.nonzero()[:, 0]
     assert set(read.tolist()) == set((record.window == record.window[query]).nonzero()[:, 0].tolist())
     right = torch.cat([record.cells()[read], near[read, None]], dim=1).numpy()

@@ -260,12 +260,12 @@ def test_the_verdict_goes_where_the_numbers_go():
     }
     words = lesson.in_words(found_of("a", numbers))
     assert "| windows | 0.700 (-0.100 ± 0.010) | 0.790 (-0.010 ± 0.010) |" in words
-    assert "without: windows; not so without: tokens." in words
-    assert "does as well for: windows; it is worse for: tokens." in words
+    assert "without: windows; no clear loss without: tokens." in words
+    assert "it is worse for: tokens; no clear loss for: windows." in words
     assert "`a` 0.800 (mean IoU)" in words
     words = lesson.in_words(found_of("a", numbers, error=1.0))
-    assert "without: none; not so without: windows, tokens." in words
-    assert "does as well for: windows, tokens; it is worse for: none." in words
+    assert "without: none; no clear loss without: windows, tokens." in words
+    assert "it is worse for: none; no clear loss for: windows, tokens." in words
 
 
 def test_the_need_goes_where_the_numbers_go():

@@ -274,7 +274,7 @@ def test_nobody_reads_padding():
         module.embed_norm.weight.zero_()  # all windows alike: padding would show as another token
         assert torch.equal(module(x[:, :4]), module(x)) and whole.isfinite().all()
     record = record_of(layer(dilated=True), normal(1, 5, 4, 48))
-    torch.testing.assert_close(record.local.sum(2), torch.ones(2, 20).double())
+    torch.testing.assert_close(torch.stack([record.local(m) for m in (0, 1)]).sum(2), torch.ones(2, 20).double())
     torch.testing.assert_close(record.mean.sum(1), torch.ones(4).double())
 
 
@@ -317,7 +317,7 @@ def test_a_record_adds_two_attentions(shape, dilated):
     ones = torch.ones(shape[0] * shape[1]).double()
     assert record.kind == "local_global" and not record.exact
     for head in range(2):
-        near, far = record.local[head], record.everywhere[head]
+        near, far = record.local(head), record.everywhere[head]
         torch.testing.assert_close(near @ record.value(head) + far @ record.v_g[head], record.output(head))
         torch.testing.assert_close(record.effective_matrix(head), near + far @ record.mean)
         torch.testing.assert_close(record.effective_matrix(head).sum(1), 2 * ones)
@@ -329,7 +329,7 @@ def test_a_record_adds_two_attentions(shape, dilated):
 def test_a_record_without_local_attention_is_exact():
     """HLG-7 alone: the values are those of the windows."""
     record = record_of(layer(local=False), normal(2, 5, 7, 48))
-    assert record.exact and record.local is None
+    assert record.exact and record.near is None
     for head in range(2):
         torch.testing.assert_close(record.effective_matrix(head) @ record.value(head), record.output(head))
         torch.testing.assert_close(record.effective_matrix(head).sum(1), torch.ones(35).double())
@@ -367,7 +367,7 @@ def test_windows_are_tokens_beside_the_cells(dilated):
         torch.testing.assert_close(keys.xy[number - count], cells[pooled.merged == number].mean(0))
         column = (pooled.merged == number).nonzero()[0, 0]
         share = pooled.weight[:, number] / (pooled.merged == number).sum()
-        far = record.effective_matrix(1)[:, column] - record.local[1][:, column]
+        far = record.effective_matrix(1)[:, column] - record.local(1)[:, column]
         torch.testing.assert_close(far, share)
     assert record.kind_in_words == ("dilated" if dilated else "plain") + " local-global"
     with pytest.raises(ValueError, match="head: expected 0 to 1, got 2"):

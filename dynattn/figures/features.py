@@ -290,7 +290,8 @@ def told_apart(measures: Sequence[Measure]) -> str:
     known = [one.layer for one in measures if one.trained - 2 * one.standard_error > max(one.nulls)]
     told = f"{listed(known)}" if known else "none"
     return (
-        "Numbers: the share of the variance of colours that is between the object and the rest of an image. By more "
+        "Numbers: the share of the variance of colours that is between the object and the rest of an image, with axes "
+        "fitted to all images that are measured. By more "
         f"than two standard errors above random weights and another image's mask: {told}. "
     )
 

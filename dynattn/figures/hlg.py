@@ -7,6 +7,10 @@ from .subjects import RANDOM, Subject
 
 SEEN = (19, 1, 28)  # test images, chosen for a spread of classes, not by what a model makes of them
 BESIDE = ("pvt_seg_mini", "setr_pup_hlg_mini")
+NOTE = (
+    "The decoders differ too, and the PVT has more parameters: the difference is not the backbone's alone. The paper "
+    "has UperNet under both. "
+)
 
 
 def compared(setting: Setting) -> list[Subject]:
@@ -17,7 +21,7 @@ def compared(setting: Setting) -> list[Subject]:
 def segmented(setting: Setting) -> Drawing:
     """Figure 9 in small: photograph, truth, PVT, HLG."""
     return segmentation.drawing(
-        setting, compared(setting), SEEN, PLANS[9].title, to=segmentation.WRITTEN["pvt_seg_mini"]
+        setting, compared(setting), SEEN, PLANS[9].title, to=segmentation.WRITTEN["pvt_seg_mini"], note=NOTE
     )
 
 

@@ -90,7 +90,8 @@ def tiles(setting: Setting, title: str) -> Drawing:
     some = f", of every {step}th patch in both directions" if step > 1 else ""
     caption = (
         f"Each tile is of one patch: the cosine between its position embedding and those of all {count} patches{some}. "
-        "Random: the table as training starts. Below: mean over all pairs of patches that are so many cells apart; the "
+        "Random: the table as training starts. Convolutions in a network mix neighbours too; SETR itself has none. "
+        "Below: mean over all pairs of patches that are so many cells apart; the "
         f"farthest are the corners alone. By chance the most similar other patch touches in {touching:.2f}, and the "
         f"AUC is 0.5. Measures: means over {count} patches; no image is needed. "
         f"Weights: {story['file']} at {H} × {W}; random weights: seed {setting.seed}."

@@ -5,6 +5,7 @@ over the others: where both are the same, attention does not know the object. It
 images, for queries and keys alike: a query reads what is near, and near a point of a mask is more of the mask.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from .drawing import (
     compared,
     conditions,
     ground,
+    listed,
     object_key,
     queries,
     share,
@@ -139,19 +141,35 @@ def reads(setting: Setting, places: Sequence[tuple[str, int, str, str]]) -> tupl
 
 
 def verdict(on: Measure, off: Measure) -> str:
-    """Whether points on the object read it more than others do, and more than chance."""
-    more = on.trained - 2 * on.standard_error > max(*on.nulls, off.trained + 2 * off.standard_error)
-    said = "more than points off it, another image's mask and random weights" if more else "not more than all of these"
-    values = f"{on.trained:.2f} ± {on.standard_error:.3f} of what points on the object read lies on it"
-    nulls = f"points off it {off.trained:.2f}, another image's mask {on.other:.2f}, random {on.random[RANDOM]:.2f}"
-    return f"{values} ({nulls}): {said}. "
+    """How much points on the object and points off it read of it, and whether the two differ by more than chance.
+
+    Chance: what the two differ by under random weights, or for another image's mask. In rollout they do, since a point
+    keeps a part of itself.
+    """
+    error = math.hypot(on.standard_error, off.standard_error)
+    gap = on.trained - off.trained
+    chance = max(on.random[RANDOM] - off.random[RANDOM], on.other - off.other, 0.0)
+    said = "more than chance" if gap - chance > 2 * math.sqrt(2) * error else "not clearly more than chance"
+    return (
+        f"points on the object give it {on.trained:.2f} ± {on.standard_error:.3f} of their attention, points off it "
+        f"{off.trained:.2f} (another image's mask {on.other:.2f}, random weights {on.random[RANDOM]:.2f}). The two "
+        f"differ by {gap:.2f}, by chance by {chance:.2f}: {said}. "
+    )
+
+
+def from_elsewhere(setting: Setting, places: Sequence[tuple[str, int, str, str]]) -> str:
+    """What points off the object give to it, in words: the null of what points on it give."""
+    found, _ = reads(setting, [(layer, head, f"{kind}_off", label) for layer, head, kind, label in places])
+    words = [f"{one.trained:.2f} ({label or 'rollout'})" for one, (*_, label) in zip(found, places, strict=True)]
+    return f"Points off the object give it {listed(words)}. "
 
 
 def read_by(record: Record, point: tuple[float, float], head: int | None = None) -> Float[Tensor, "h w"]:
-    """What the point's query reads, in one head or as the mean over all, times the number of cells: 1 is the mean."""
+    """What the point's query reads of cells, in one head or of all, over the mean of all cells."""
     query, L = record.query(*point), record.query_shape[0] * record.query_shape[1]
     heads = range(record.heads) if head is None else [head]
-    return L * sum(record.weights(m)[query, :L].float() for m in heads).reshape(record.query_shape) / len(heads)
+    heat = sum(record.weights(m)[query, :L].float() for m in heads).reshape(record.query_shape)
+    return heat / heat.mean()
 
 
 def rolled_to(t: Trace, point: tuple[float, float]) -> Float[Tensor, "h w"]:
@@ -270,12 +288,13 @@ def heads_read(setting: Setting, indices: Sequence[int], title: str) -> Drawing:
     names = [f"head {m + 1}" for m in heads]
     if setting.image is None:
         places = [(last.name, m, "reads", name) for m, name in zip(heads, names, strict=True)]
-        measures, tables = reads(setting, [*places, (last.name, ALL, "reads", "mean")])
+        places += [(last.name, ALL, "reads", "mean")]
+        (measures, tables), off = reads(setting, places), from_elsewhere(setting, places)
     else:
-        measures, tables = [distance_in(setting, last.name, "mean of heads")], {}
+        measures, tables, off = [distance_in(setting, last.name, "mean of heads")], {}, ""
     some = "" if len(heads) == last.heads else f", {len(heads)} of its {last.heads} heads"
     strips = both_networks(traces, pictures, lambda t, point: [read_by(t[last.name], point, m) for m in (*heads, None)])
-    caption = f"What the starred point reads in the last layer, {last.name}{some}. "
+    caption = f"What the starred point reads in the last layer, {last.name}{some}. {off}"
     return drawn(setting, title, [*names, "mean of heads"], strips, last, measures, tables, caption)
 
 
@@ -288,12 +307,14 @@ def layers_read(setting: Setting, indices: Sequence[int], title: str) -> Drawing
     names = [f"layer {every.index(record) + 1}" for record in layers]
     if setting.image is None:
         places = [(record.name, ALL, "reads", name) for record, name in zip(layers, names, strict=True)]
-        measures, tables = reads(setting, [*places, (NETWORK, ALL, "rolled", "")])
+        places += [(NETWORK, ALL, "rolled", "")]
+        (measures, tables), off = reads(setting, places), from_elsewhere(setting, places)
     else:
         measures, tables = [distance_in(setting, r.name, name) for r, name in zip(layers, names, strict=True)], {}
+        off = ""
     strips = both_networks(
         traces, pictures, lambda t, point: [*(read_by(t[r.name], point) for r in layers), rolled_to(t, point)]
     )
     some = "Attention layer by layer" if len(layers) == len(every) else f"{len(layers)} of {len(every)} layers"
-    caption = f"{some}, mean over the heads, and rollout through all layers: what the starred point reads. "
+    caption = f"{some}, mean over the heads, and rollout through all layers: what the starred point reads. {off}"
     return drawn(setting, title, [*names, "rollout"], strips, layers[-1], measures, tables, caption)

@@ -9,7 +9,7 @@ is worth.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -229,7 +229,8 @@ def names_of(subject: Subject) -> tuple[str, ...]:
 
 def draw_classes(ax: Axes, picture: Picture, labels: Int[np.ndarray, "h w"], subject: Subject) -> None:
     """A class for each pixel over the photograph, in the colours of `dynattn segment`; no colour is background."""
-    ground(ax, picture)
+    grey = replace(picture, shown=np.repeat(picture.shown.mean(-1, keepdims=True), 3, -1).astype(np.uint8))
+    ground(ax, grey)  # the photograph's own colours are no classes
     names = names_of(subject)
     painted = np.dstack([palette(len(names))[labels] / 255, np.full(labels.shape, 0.68)])
     if names[0] == NAMES[0]:
@@ -280,14 +281,17 @@ def differences(found: Mapping[str, Overlap], to: str) -> str:
         if name != to and to in found:
             value, error = apart(overlap, found[to])
             words.append(f"{name} {100 * value:+.1f} ± {100 * error:.1f}")
-    return f"Mean IoU in points above {to}, with standard errors over the images: {listed(words)}. " if words else ""
+    said = f"Mean IoU minus that of {to}, in points, with standard errors over the images: {listed(words)}. "
+    return said if words else ""
 
 
-def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int], title: str, to: str) -> Drawing:
+def drawing(
+    setting: Setting, subjects: Sequence[Subject], indices: Sequence[int], title: str, to: str, note: str = ""
+) -> Drawing:
     """Photographs, the truth, and what each model answers; mean IoU of each, and the IoU of every class.
 
     subjects: the models, of the same classes. indices: of the test images. to: the name of the model that the others
-    are held against.
+    are held against. note: what the caption says of their differences.
     """
     pictures, subject = setting.pictures(indices), setting.subject
     known = setting.image is None and subject.knows_shapes
@@ -306,7 +310,8 @@ def drawing(setting: Setting, subjects: Sequence[Subject], indices: Sequence[int
     clear += "; white: the edge of the object" * (pictures[0].mask is not None)
     title = title if len(subjects) > 1 else title.partition(":")[0]  # beside nothing
     caption = (
-        f"The class of each pixel{clear}. {differences(found, to)}{conditions(setting, subjects, known)}"
+        f"The class of each pixel{clear}. {differences(found, to)}{note if len(found) > 1 else ''}"
+        f"{conditions(setting, subjects, known)}"
         f"{seen_in_words(pictures, known, measures[0].n if measures else 0)}"
     )
     columns = ["photograph", *["truth"] * known, *names]

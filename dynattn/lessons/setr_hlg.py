@@ -406,7 +406,8 @@ def draw_layers(query: tuple[float, float], layer: int, image: int) -> tuple[Fig
     model, picture = network("setr_pup_mini"), scene(image)
     record = list(traced("setr_pup_mini", image))[layer - 1]
     at, (H, W) = record.query(*query), record.query_shape
-    weight = torch.stack([record.weights(m)[at, : H * W] for m in range(record.heads)]).mean(0)
+    of_each = torch.stack([record.weights(m)[at, : H * W] for m in range(record.heads)])
+    weight = of_each.mean(0)
     heads = (*model.aux_layers, *model.layers)
     figure, axes = panels(1, *[1] * len(heads), height=3.8)
     for ax in axes:
@@ -422,7 +423,7 @@ def draw_layers(query: tuple[float, float], layer: int, image: int) -> tuple[Fig
     own, alone = float(weight[at]), 1 / (H * W + record.prefix)
     return figure, (
         f"Layer {layer}, mean of {record.heads} heads: the star reads its own cell with {own:.3f} ({alone:.3f} if all "
-        f"were alike), and much as a plain mean over <b>{perplexity(weight / weight.sum()):.0f}</b> of {H * W} cells. "
+        f"were alike), and much as a plain mean over <b>{mean_perplexity(of_each):.0f}</b> of {H * W} cells. "
         f"Heads on layers {', '.join(map(str, heads))}: IoU of this object {', '.join(here)}; mean IoU of {COUNTED} "
         f"images {', '.join(said)}."
     )
@@ -478,11 +479,10 @@ def draw_windows(query: tuple[float, float], kind: str, R: int, side: int) -> tu
     line.set_xticks(ticks, ticks)
     line.minorticks_off()
     line.legend(frameon=False, fontsize=10)
-    rows = mine.any(1).nonzero()[:, 0]
-    reach = int(rows[-1] - rows[0]) + 1
+    tall, wide = (int(places[-1] - places[0]) + 1 for places in (mine.any(by).nonzero()[:, 0] for by in (1, 0)))
     return figure, (
         f"D = {D}: {D * D} windows of at most {R} × {R} cells. The query reads {int(mine.sum())} cells, out of "
-        f"{reach} rows and as many columns, and {D * D} windows: <b>{int(mine.sum()) + D * D}</b> keys in place of "
+        f"{tall} rows and {wide} columns, and {D * D} windows: <b>{int(mine.sum()) + D * D}</b> keys in place of "
         f"{side * side}. Fewest keys on this map: R = <b>{int(sides[keys.argmin()])}</b>."
     )
 
@@ -507,9 +507,15 @@ PAIRS = {  # layers with plain and with dilated windows that follow each other
 }
 
 
-def of_heads(record: LocalGlobalRecord, query: int) -> tuple[Float[Tensor, " L"], Float[Tensor, " N"]]:
-    """What a query gives to the cells of its window, and to all windows, in the mean of the heads."""
-    return record.local[:, query].mean(0), record.everywhere[:, query].mean(0)
+def of_heads(record: LocalGlobalRecord, query: int) -> tuple[Float[Tensor, "M L"], Float[Tensor, "M N"]]:
+    """What each head of a query gives to the cells of its window, and to all windows."""
+    near = torch.stack([record.local(head)[query] for head in range(record.heads)])
+    return near, record.everywhere[:, query]
+
+
+def mean_perplexity(weights: Float[Tensor, "M N"]) -> float:
+    """Over how many keys a head reads much as a plain mean, in the mean of the heads."""
+    return float(np.mean([perplexity(one / one.sum()) for one in weights]))
 
 
 def alike_tokens(record: LocalGlobalRecord) -> float:
@@ -528,19 +534,21 @@ def draw_keys(query: tuple[float, float], pair: str, grid: str, image: int) -> t
     for ax, (kind, record) in zip(axes, found.items(), strict=False):
         ground(ax, scene(image))
         near = of_heads(record, at)[0]
-        weighted(ax, near.reshape(shape), f"{kind} window")
-        count = int((near > 0).sum())
-        said.append(f"its {kind} window much as a plain mean over <b>{perplexity(near):.1f}</b> of {count} cells")
+        weighted(ax, near.mean(0).reshape(shape), f"{kind} window")
+        count = int((near > 0).any(0).sum())
+        said.append(f"its {kind} window much as a plain mean over <b>{mean_perplexity(near):.1f}</b> of {count} cells")
     record = found[grid]
-    far = of_heads(record, at)[1]
+    of_each = of_heads(record, at)[1]
+    far = of_each.mean(0)
     ground(axes[2], scene(image))
     weighted(axes[2], far[record.window].reshape(shape), f"all {grid} windows, each one token")
     for ax in axes:
         style.star(ax, *record.cells()[at].tolist())
     own, like = float(far[record.window[at]]), {kind: alike_tokens(one) for kind, one in found.items()}
     return figure, (
-        f"The star reads {', '.join(said)}, and all {grid} windows as one over <b>{perplexity(far):.1f}</b> of "
-        f"{len(far)}. Of these its own window gets {own:.3f}, the one it reads most {float(far.max()):.3f}; "
+        f"The star reads {', '.join(said)}, and all {grid} windows as one over "
+        f"<b>{mean_perplexity(of_each):.1f}</b> of {len(far)}. "
+        f"Of these its own window gets {own:.3f}, the one it reads most {float(far.max()):.3f}; "
         f"alike would be {1 / len(far):.3f}. Values of two windows have a cosine of <b>{like['plain']:.2f}</b> where "
         f"windows are plain, <b>{like['dilated']:.2f}</b> where they are dilated. Means of {record.heads} heads."
     )
@@ -827,8 +835,9 @@ def in_words(found: pd.DataFrame) -> str:
         rest = {how: [part for part in dict.fromkeys(rows.part) if part not in worse[how]] for how in WAYS}
         lines += [
             f"**Verdict, `{name}`**, by more than two standard errors. With zeros it is worse without: "
-            f"{listed(worse['zeros'])}; not so without: {listed(rest['zeros'])}. A plain mean of the same keys does as "
-            f"well for: {listed(rest['alike'])}; it is worse for: {listed(worse['alike'])}.",
+            f"{listed(worse['zeros'])}; no clear loss without: {listed(rest['zeros'])}. With a plain mean of the same "
+            f"keys it is worse for: {listed(worse['alike'])}; no clear loss for: {listed(rest['alike'])}. Not clear is "
+            "not equal: see the errors.",
             "",
         ]
     return "\n".join(lines)

@@ -8,8 +8,8 @@ With R x R windows W of a map Z, plain ones of neighbours, or dilated ones of ev
     W_Q, W_K, W_V are the same in HLG-5 and HLG-6                                                             HLG-8
     Q_L = Q_W + DWConv(V_W)                                 in place of Z_L W_Q: nothing is computed twice    HLG-9
 
-The embedding is the mean of a window, its maximum, or a depthwise convolution with a kernel as large as the window.
-Where the published code parts from this, the layer has an argument (ledger: papers/hlg.toml).
+The embedding is the mean of a window, its maximum, or a depthwise convolution as large as the window. Where the
+published code parts from this, the layer has an argument (ledger: papers/hlg.toml).
 Beside the letters of `core`: R side of a window, u w row and column of a key, I J row and column of a window.
 """
 
@@ -344,9 +344,9 @@ class LocalGlobalAttention(nn.Module):
 class LocalGlobalRecord(tracing.Record):
     """One layer: z (M, H W, d), what the query read in its window and of all windows, before the projection.
 
-    local (M, H W, H W) and everywhere (M, H W, N): the two softmaxes; v_g of the windows, `mean` (N, H W) of their
-    cells, `window` (H W) of a cell. A_eff lets a window stand for the mean of its cells. Rows sum to 2. Not exact: a
-    window's value is made of Z_L behind a LayerNorm. Without local attention it is, and rows sum to 1.
+    near (N, M, T, T), everywhere (M, H W, N): the softmaxes; v_g of the windows, `mean` (N, H W) of their cells,
+    `window` (H W) of a cell. A_eff lets a window be the mean of its cells; its rows sum to 2. Not exact: a window's
+    value is made of Z_L behind a LayerNorm. Without local attention it is, and rows sum to 1.
     """
 
     kind = "local_global"
@@ -355,33 +355,33 @@ class LocalGlobalRecord(tracing.Record):
         (q, k, v, z), (query, k_g, v_g, y) = maps, (t[0] for t in read)
         self.query_shape, self.heads, self.exact = layout.shape, layer.heads, not layer.local
         self.words = f"{'dilated' if layout.dilated else 'plain'} local-global"
-        self.everywhere, self.local = core.attention_weights(query, k_g, bias[0], layer.scale), None
-        cells = torch.arange(1, layout.shape[0] * layout.shape[1] + 1, device=y.device)
-        places = layout.cut(cells.reshape(1, *layout.shape, 1))[..., 0]  # (windows, T), from 1; padding has 0
-        members = y.new_zeros(len(places), len(cells) + 1).scatter(1, places, 1.0)[:, 1:]
+        self.everywhere, self.near = core.attention_weights(query, k_g, bias[0], layer.scale), None
+        cells = torch.arange(1, y.shape[1] + 1, device=y.device).reshape(1, *layout.shape, 1)
+        self.places = layout.cut(cells)[..., 0]  # (N, T), from 1; padding has 0
+        members = y.new_zeros(len(self.places), y.shape[1] + 1).scatter(1, self.places, 1.0)[:, 1:]
         self.mean, self.window = members / members.sum(dim=1, keepdim=True), members.argmax(dim=0)
         self.v_g, self.z, self.v = v_g, y, v_g[:, self.window]
         if layer.local:
-            self.z, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
-            self.z = self.z + y
+            local, self.v = (core.split_heads(t[:1], layer.heads)[0] for t in (z, v))
+            self.z = local + y
             inside = [rearrange(layout.cut(t[:1]), "n T (h d) -> n h T d", h=self.heads) for t in (q, k)]
-            bias = layout.bias(layer.local_table(layout, y.device), q, 1)
-            weights = core.attention_weights(*inside, bias, layer.scale)
-            local = weights.new_zeros(self.heads, len(cells) + 1, len(cells) + 1)
-            local[:, places[:, :, None], places[:, None, :]] = weights.transpose(0, 1)
-            self.local = local[:, 1:, 1:]
+            table = layer.local_table(layout, y.device)
+            self.near = core.attention_weights(*inside, layout.bias(table, q, 1), layer.scale)
+
+    def local(self, head: int = 0) -> Float[Tensor, "L L"]:
+        """Attention to the cells of the own window, where there is local attention."""
+        full = self.near.new_zeros(len(self.window) + 1, len(self.window) + 1)  # with a row and column of padding
+        return full.index_put((self.places[:, :, None], self.places[:, None, :]), self.near[:, head])[1:, 1:]
 
     def weights(self, head: int = 0) -> Float[Tensor, "L N"]:
         """Attention to the cells, as far as there is local attention, and behind them to the windows."""
         self.check_head(head)
-        parts = [self.everywhere[head]] if self.local is None else [self.local[head], self.everywhere[head]]
-        return torch.cat(parts, dim=1)
+        return torch.cat([*([] if self.near is None else [self.local(head)]), self.everywhere[head]], dim=1)
 
     def effective_matrix(self, head: int = 0) -> Float[Tensor, "L S"]:
         """Local attention, and attention to a window, shared equally by its cells."""
-        self.check_head(head)
-        shared = self.everywhere[head] @ self.mean
-        return shared if self.local is None else self.local[head] + shared
+        near, far = self.weights(head).tensor_split([-len(self.mean)], dim=1)
+        return far @ self.mean if self.near is None else near + far @ self.mean
 
     def shares(self, head: int = 0) -> Float[Tensor, "L S"]:
         """A_eff, each of whose rows is divided by its sum."""
@@ -391,7 +391,7 @@ class LocalGlobalRecord(tracing.Record):
         """The cells of the query's window, then the centre of every window; the weights of each sum to 1."""
         query, cells = self.query(row, col), self.cells().to(self.z)
         near, far = self.weights(head)[query].tensor_split([-len(self.mean)])
-        read = self.window == self.window[query] if self.local is not None else []
+        read = self.window == self.window[query] if self.near is not None else []
         return tracing.Keys(torch.cat([cells[read], self.mean @ cells]), torch.cat([near[read], far]))
 
     def pooled(self, head: int = 0) -> tracing.Pooled:

@@ -68,8 +68,10 @@ class MiniFCN(Segmenter):
         self, x: Float[Tensor, "B C H W"], aux: bool = False
     ) -> Float[Tensor, "B K H W"] | tuple[Float[Tensor, "B K H W"], list[Float[Tensor, "B K H W"]]]:
         """Logits of every pixel; with `aux` also those of the auxiliary head, in a list."""
-        logits = self.net(x)
-        return (logits["out"], [logits["aux"]]) if aux else logits["out"]
+        maps = self.net.backbone(x)
+        of_pixels = lambda y: resize(y, tuple(x.shape[-2:]))  # noqa: E731
+        logits = of_pixels(self.net.classifier(maps["out"]))  # torchvision's own forward computes both in any case
+        return (logits, [of_pixels(self.net.aux_classifier(maps["aux"]))]) if aux else logits
 
 
 class MiniPVT(Segmenter):
@@ -100,12 +102,15 @@ class MiniPVT(Segmenter):
         """What timm wants to know of a model before it is made."""
         return dict(first_conv="encoder.patch_embed.proj", classifier="classifier.4")
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K H W"]:
-        """Logits of every pixel."""
+    def forward(
+        self, x: Float[Tensor, "B C H W"], aux: bool = False
+    ) -> Float[Tensor, "B K H W"] | tuple[Float[Tensor, "B K H W"], list[Float[Tensor, "B K H W"]]]:
+        """Logits of every pixel; with `aux` also those of no auxiliary head, an empty list."""
         maps = self.encoder.forward_intermediates(x, intermediates_only=True)
         maps = list(self.pyramid(OrderedDict(enumerate(maps))).values())
         joined = torch.stack([resize(m, tuple(maps[0].shape[-2:])) for m in maps]).sum(0)
-        return resize(self.classifier(joined), tuple(x.shape[-2:]))
+        logits = resize(self.classifier(joined), tuple(x.shape[-2:]))
+        return (logits, []) if aux else logits
 
 
 register_model("fcn_mini", MiniFCN)

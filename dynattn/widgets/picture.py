@@ -42,11 +42,11 @@ def draw(view: View, dpi: int) -> Image.Image:
             (style.mark("o", COLOURS(1.0), 11), "most weight"),
         ]
     if any(one.tokens is not None for _, one in pairs):
-        last = len(LIKED) - 1  # the caption has the others, there is no room here
-        marks += [
-            (style.mark("s", style.GROUPS[0], 9), "token read most"),
-            (style.mark("s", style.GROUPS[last], 9), f"{last + 1}th"),
-        ]
+        most = max(len(one.tokens.number) for _, one in pairs if one.tokens is not None)
+        last = min(len(LIKED), most) - 1  # the caption has the others, there is no room here
+        marks.append((style.mark("s", style.GROUPS[0], 9), "token read most"))
+        if last:
+            marks.append((style.mark("s", style.GROUPS[last], 9), "least of those coloured"))
     style.key(sheet, marks)
     file = BytesIO()
     sheet.figure.savefig(file, dpi=dpi)
