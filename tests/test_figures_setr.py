@@ -277,13 +277,13 @@ def test_all_figures_with_their_conditions(setup, capsys):
     assert [one["layer"] for one in entries[7]["measures"]] == ["Z1", "Z2"]
     assert [one["layer"] for one in entries[12]["measures"]] == ["Z1", "Z2", "U1", "U2", "logits"]
     assert entries[10]["images"] == [] and entries[10]["image_size"] == [32, 32]
-    assert len(entries[11]["measures"]) == 4 and "points on the object read" in entries[11]["caption"]
+    assert len(entries[11]["measures"]) == 4 and "points on the object give" in entries[11]["caption"]
     assert [one["name"].rpartition(", ")[2] for one in entries[13]["measures"]] == ["head 1", "head 2", "mean"]
     assert [one["name"].rpartition(", ")[2] for one in entries[14]["measures"][:2]] == ["layer 1", "layer 2"]
     labels = ["Naïve", "Naïve, no aux", "PUP", "PUP, no aux", "MLA"]
     assert [one["name"].removeprefix("mean IoU, ") for one in entries["table3"]["measures"]] == labels
-    assert "(the paper, Naïve, on Cityscapes: +0.67)" in entries["table3"]["caption"]
-    assert "decides nothing" in entries["table3"]["caption"]
+    assert "(the paper, Naïve, Cityscapes, 80,000 steps: +0.67)" in entries["table3"]["caption"]
+    assert "One seed each" in entries["table3"]["caption"]
 
 
 def test_hlg_beside_the_truth(setup):

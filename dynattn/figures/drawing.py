@@ -58,9 +58,13 @@ def with_twin(setting: Setting) -> dict[str, nn.Module]:
     return {"trained": setting.subject.model, RANDOM: setting.twins[RANDOM]}
 
 
-def ground(ax: Axes, picture: Picture, *, veil: float = 0.35) -> None:
-    """The photograph under a veil, with the object's outline if it is known."""
-    style.photograph(ax, picture.shown, picture.shape, veil=veil)
+def ground(ax: Axes, picture: Picture, *, veil: float = 0.35, grey: bool = False) -> None:
+    """The photograph under a veil, with the object's outline if it is known.
+
+    grey: without colours of its own, where colours over it mean something.
+    """
+    shown = np.repeat(picture.shown.mean(-1, keepdims=True), 3, -1).astype(np.uint8) if grey else picture.shown
+    style.photograph(ax, shown, picture.shape, veil=veil)
     if picture.mask is not None:
         style.outline(ax, picture.mask, picture.shape)
 

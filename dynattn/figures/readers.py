@@ -218,7 +218,7 @@ def drawn(
     most = max(2.0, *(float(values.max()) for strip in strips for values in strip.maps))
     for row, strip in zip(sheet.panels, strips, strict=True):
         for ax in row:
-            ground(ax, strip.picture, veil=0.35 if ax is row[0] else 0.65)  # what is read stands out
+            ground(ax, strip.picture, veil=0.35 if ax is row[0] else 0.65, grey=ax is not row[0])
             style.star(ax, *record.cells()[record.query(*strip.point)].tolist())
         for ax, values in zip(row[1:], strip.maps, strict=True):
             style.cells(ax, ((values - 1) / (most - 1)).clamp(0, 1).numpy(), strip.picture.shape)

@@ -9,7 +9,7 @@ is worth.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -229,8 +229,7 @@ def names_of(subject: Subject) -> tuple[str, ...]:
 
 def draw_classes(ax: Axes, picture: Picture, labels: Int[np.ndarray, "h w"], subject: Subject) -> None:
     """A class for each pixel over the photograph, in the colours of `dynattn segment`; no colour is background."""
-    grey = replace(picture, shown=np.repeat(picture.shown.mean(-1, keepdims=True), 3, -1).astype(np.uint8))
-    ground(ax, grey)  # the photograph's own colours are no classes
+    ground(ax, picture, grey=True)
     names = names_of(subject)
     painted = np.dstack([palette(len(names))[labels] / 255, np.full(labels.shape, 0.68)])
     if names[0] == NAMES[0]:

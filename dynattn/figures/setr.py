@@ -8,11 +8,12 @@ layers.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import nn
 
 from dynattn import cost, weights
 
-from . import features, positions, readers, segmentation, style, sweep
+from . import features, positions, readers, segmentation, style
 from .drawing import listed, of_the_subject
 from .readers import evaluate_readers
 from .run import Drawing, Paper, Plan, Setting
@@ -84,15 +85,15 @@ def auxiliary(setting: Setting) -> Drawing:
     caption = (
         f"Mean IoU with auxiliary heads minus without, in points: {listed(words) or 'there is no pair'} (the paper, "
         f"Naïve, Cityscapes, 80,000 steps: {paper[0] - paper[1]:+.2f}). Bars and errors are over the "
-        f"{measures[0].n} test images. One seed "
-        "each decides nothing: what another seed would change is not in them. "
+        f"{measures[0].n} test images. "
         f"{segmentation.conditions(setting, list(columns.values()))}White: the edge of the object. "
         f"Photographs: {picture.name}."
     )
     sheet = style.sheet(1, len(columns), PLANS["table3"].title, caption, column_labels=list(columns), plots=1)
     for ax, subject in zip(sheet.panels[0], columns.values(), strict=True):
         segmentation.draw_classes(ax, picture, segmentation.answer_to(subject, picture), subject)
-    sweep.plot(sheet.plots[0], measures, "mean IoU, %", 100)
+    value, error = (100 * np.array([getattr(one, key) for one in measures]) for key in ("trained", "standard_error"))
+    style.series(sheet.plots[0], value, error, "mean IoU, %", each=[[]] * len(measures))  # no order, so no line
     seen = [segmentation.answer_to(subject, picture) for subject in columns.values()]
     style.key(sheet, segmentation.classes_key(seen, setting.subject), apart=1.0)
     stories = [subject.story for subject in columns.values()]

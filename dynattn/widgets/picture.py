@@ -46,7 +46,7 @@ def draw(view: View, dpi: int) -> Image.Image:
         last = min(len(LIKED), most) - 1  # the caption has the others, there is no room here
         marks.append((style.mark("s", style.GROUPS[0], 9), "token read most"))
         if last:
-            marks.append((style.mark("s", style.GROUPS[last], 9), "least of those coloured"))
+            marks.append((style.mark("s", style.GROUPS[last], 9), ("", "2nd", "3rd", "4th", "5th")[last]))
     style.key(sheet, marks)
     file = BytesIO()
     sheet.figure.savefig(file, dpi=dpi)

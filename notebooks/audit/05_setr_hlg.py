@@ -46,7 +46,6 @@ begin()
 # of windows, and dense attention to it.
 
 # %%
-source(core.dense_attention_loops, core.dense_attention_torch)
 agree(core.dense_attention, {name: normal(2, 2, 6, 3) for name in "qkv"})
 
 # %%
