@@ -25,6 +25,8 @@ class Segmenter(nn.Module):
 
     segments = True  # what it puts out is a class for each pixel
     aux_weight: float | None = None
+    stem: str  # which parameters come first, and which are of layers, as patterns
+    layers: str
 
     def __init__(self, img_size: int | tuple[int, int], in_chans: int, num_classes: int):
         super().__init__()
@@ -35,6 +37,14 @@ class Segmenter(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """The size that images are brought to; no parameter depends on it."""
         self.img_size = core.pair("img_size", img_size)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters are one layer for layer-wise learning rates: the stem, every layer, the rest."""
+        return dict(stem=self.stem, blocks=self.layers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing besides what has one dimension."""
+        return set()
 
 
 class EvenBottleneck(Bottleneck):
@@ -51,6 +61,7 @@ class MiniFCN(Segmenter):
     """
 
     aux_weight = 0.4
+    stem, layers = r"^net\.backbone\.(?:conv1|bn1)", r"^net\.backbone\.layer(\d+)"
 
     def __init__(self, img_size: int | tuple[int, int] = 64, in_chans: int = 3, num_classes: int = 11):
         super().__init__(img_size, in_chans, num_classes)
@@ -80,6 +91,8 @@ class MiniPVT(Segmenter):
     The maps of all stages get `channels` channels and know of the deeper ones; all at H/4, they are added, and a
     classifier reads the sum. It stands in for the PVT-Medium of figure 9, whose decoder is in none of our libraries.
     """
+
+    stem, layers = r"^encoder\.patch_embed", r"^encoder\.stages\.(\d+)"
 
     def __init__(
         self,
