@@ -172,7 +172,7 @@ def test_accuracy_on_held_out_photographs(name, floor, held_out):
 def test_overlap_on_held_out_photographs(name, floor):
     """Mean IoU of a model that segments: what the file says of itself is what the model does."""
     images, labels, masks = (part[:400] for part in cached(Shapes("cluttered", "test", 64, 1000), progress=False))
-    found = evaluate_segmentation(create_model(name, pretrained=True), images, class_maps(labels, masks))
+    found = evaluate_segmentation(model_from(weights.path(name))[1], images, class_maps(labels, masks))
     claimed = weights.read(weights.path(name))[1]["mean_iou"]
     assert found["mean_iou"] >= floor and abs(found["mean_iou"] - claimed) < 0.08  # 400 images of 1000
 

@@ -57,7 +57,7 @@ class Run:
     @property
     def is_pretrained(self) -> bool:
         """Whether `create_model(pretrained=True)` loads it."""
-        return self.seed == 0 and self.name == self.recipe.model
+        return self.seed == 0 and self.name == self.recipe.model and SHIPPED[self.name].folder is None
 
     @property
     def folder(self) -> Path:
