@@ -90,12 +90,12 @@ def auxiliary(setting: Setting) -> Drawing:
         f"Photographs: {picture.name}."
     )
     sheet = style.sheet(1, len(columns), PLANS["table3"].title, caption, column_labels=list(columns), plots=1)
-    for ax, subject in zip(sheet.panels[0], columns.values(), strict=True):
-        segmentation.draw_classes(ax, picture, segmentation.answer_to(subject, picture), subject)
+    answers = [segmentation.answer_to(subject, picture) for subject in columns.values()]
+    for ax, subject, labels in zip(sheet.panels[0], columns.values(), answers, strict=True):
+        segmentation.draw_classes(ax, picture, labels, subject)
     value, error = (100 * np.array([getattr(one, key) for one in measures]) for key in ("trained", "standard_error"))
     style.series(sheet.plots[0], value, error, "mean IoU, %", each=[[]] * len(measures))  # no order, so no line
-    seen = [segmentation.answer_to(subject, picture) for subject in columns.values()]
-    style.key(sheet, segmentation.classes_key(seen, setting.subject), apart=1.0)
+    style.key(sheet, segmentation.classes_key(answers, setting.subject), apart=1.0)
     stories = [subject.story for subject in columns.values()]
     return Drawing(
         sheet.figure, caption, [picture], measures, stories, {k: v for its in tables.values() for k, v in its.items()}
